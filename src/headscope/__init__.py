@@ -1,3 +1,52 @@
 """Headscope: see what every attention head of a transformer is doing while it trains."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    HeadscopeError,
+    HeadscopeWarning,
+    Missing,
+    NoSuchName,
+    NoSuchStep,
+    NotSupported,
+    StoreError,
+    TrainerGone,
+)
+
+if TYPE_CHECKING:
+    from .trial import Trial, open_trial
+    from .watch import Watch, watch
+
 __version__ = "0.1.0"
+__all__ = [
+    "HeadscopeError",
+    "HeadscopeWarning",
+    "Missing",
+    "NoSuchName",
+    "NoSuchStep",
+    "NotSupported",
+    "StoreError",
+    "TrainerGone",
+    "Trial",
+    "Watch",
+    "open_trial",
+    "watch",
+]
+
+_HOMES = {"Trial": ".trial", "open_trial": ".trial", "Watch": ".watch", "watch": ".watch"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headscope' has no attribute {name!r}; it has {', '.join(__all__)}")
+    try:
+        module = import_module(_HOMES[name], __name__)
+    except ModuleNotFoundError as problem:
+        if problem.name != "torch":
+            raise
+        raise Missing(
+            f"headscope.{name} needs PyTorch, which is not installed: pip install torch "
+            f"(see 'Install' in the README for CPU and GPU builds)"
+        ) from problem
+    return getattr(module, name)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+LIMIT_EXACT = 1e-4
+LIMIT_16_BITS = 2e-2
+_CHECKED_ROWS = 16
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -120,7 +127,7 @@ def weights(
     total = scores.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sink - top)
-    return np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
+    return np.asarray(np.divide(scores, total, out=np.zeros_like(scores), where=total > 0), np.float32)
 
 
 def disagreement(attended: Floats, v: Floats, output: Floats) -> float:
@@ -162,3 +169,33 @@ def heaviest(attended: Floats, top: int) -> tuple[NDArray[np.int32], Floats]:
     weight = np.take_along_axis(weight, order, axis=-1)
     key = np.take_along_axis(key, order, axis=-1)
     return np.where(weight > 0, key, -1).astype(np.int32), weight
+
+
+def rows_to_check(queries: int) -> NDArray[np.int64]:
+    """Query rows for the self-check: evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, queries - 1, min(queries, _CHECKED_ROWS)).round().astype(np.int64))
+
+
+def self_check(call: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> float:
+    """How far rebuilt weights · v are from the kernel's own output on the checked rows; relative, worst head.
+
+    Shapes:
+        tensors: q, k, v, output and, where the call has them, mask, bias, sinks, as `docs/format.md` has them
+    Args:
+        call: its facts, as in `docs/format.md`.
+        tensors: by kind.
+    """
+    example = call["check"]["example"]
+    picked: dict[str, Any] = {}
+    for kind in ("mask", "bias"):
+        tensor = tensors.get(kind)
+        picked[kind] = tensor if tensor is None or tensor.shape[0] == 1 else tensor[example : example + 1]
+    attended = weights(
+        tensors["q"][example : example + 1],
+        tensors["k"][example : example + 1],
+        sinks=tensors.get("sinks"),
+        rows=np.array(call["check"]["rows"], np.int64),
+        **{name: call[name] for name in ("scale", "softcap", "causal", "offset", "window")},
+        **picked,
+    )
+    return disagreement(attended, tensors["v"], tensors["output"])

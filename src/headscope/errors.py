@@ -28,7 +28,7 @@ class Missing(HeadscopeError, ImportError):
     """An optional package that is not installed, with the command that installs it."""
 
 
-class TrainerGone(HeadscopeError, TimeoutError):
+class TrainerGone(HeadscopeError):
     """Waiting is of no use: training ended, failed, or gives no sign."""
 
 

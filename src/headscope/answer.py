@@ -1,0 +1,193 @@
+"""One question in, one reply out: everything that a view may ask. `docs/protocol.md` lists it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import attention
+from .errors import HeadscopeError, NoSuchName
+from .store import Json, encode
+from .trial import Check, Example, Layer, Trial
+
+Array = NDArray[Any]
+
+REPLY_BYTES = 1 << 20
+_HEADER_ROOM = 64 << 10
+_SCALAR_ROWS = 1000
+_FIRST_LOOK_TOKENS = 128
+
+
+class BadQuestion(HeadscopeError, ValueError):
+    """A question that the protocol does not know."""
+
+
+def answer(trial: Trial, question: Mapping[str, Any]) -> bytes:
+    """The reply to one question: a safetensors blob of at most 1 MiB.
+
+    Raises:
+        BadQuestion: not a question of the protocol.
+        NoSuchStep, NoSuchName: asks for what the run has not.
+        StoreError: the file that holds it is damaged.
+    """
+    kinds = {"trial": _trial, "step": _step, "lines": _lines, "first_look": _first_look}
+    kind = question.get("ask")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise BadQuestion(f"cannot answer ask={kind!r}; known are {', '.join(kinds)}")
+    facts, tensors = kinds[kind](trial, question)
+    return encode(tensors, {"facts": json.dumps(facts)})
+
+
+def _whole(question: Mapping[str, Any], name: str, least: int = 0) -> int:
+    value = question.get(name)
+    if type(value) is not int or value < least:
+        raise BadQuestion(f"{name} must be a whole number from {least} on, not {value!r}")
+    return value
+
+
+def _trial(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
+    steps = trial.steps()
+    with_probe = trial.steps("probe")
+    layers = trial.layers(with_probe[-1]) if with_probe else []
+    facts: Json = {
+        "name": trial.path,
+        "attempt": trial.attempt or 0,
+        "state": state(trial),
+        "steps": steps,
+        "layers": [{k: getattr(x, k) for k in ("path", "call", "heads", "kv_heads", "route")} for x in layers],
+        "examples": [
+            {"text": e.text, "tokens": list(e.tokens), "special": list(e.special), "label": e.label}
+            for e in trial.examples()
+        ],
+        "labels": trial.facts().get("labels"),
+        "scalars": scalars(trial),
+    }
+    return facts, {}
+
+
+def state(trial: Trial) -> Json:
+    """How the trainer is doing, as a view shows it."""
+    now = trial.state()
+    return {k: getattr(now, k) for k in ("state", "step", "age_s", "alive", "message", "skipped")}
+
+
+def scalars(trial: Trial, after: int = -1) -> Json:
+    """What was logged after a step, thinned for a curve."""
+    found = {}
+    for name, (steps, values) in trial.scalars().items():
+        kept = steps > after
+        thin = _extremes(steps[kept], values[kept])
+        if len(thin[0]):
+            finite = [float(v) if np.isfinite(v) else None for v in thin[1]]
+            found[name] = {"step": [int(s) for s in thin[0]], "value": finite}
+    return found
+
+
+def _extremes(steps: Array, values: Array) -> tuple[Array, Array]:
+    """At most 1,000 rows: the least and the greatest of each of 500 intervals, in order."""
+    if len(steps) <= _SCALAR_ROWS:
+        return steps, values
+    kept: set[int] = set()
+    for interval in np.array_split(np.arange(len(steps)), _SCALAR_ROWS // 2):
+        kept |= {int(interval[np.argmin(values[interval])]), int(interval[np.argmax(values[interval])])}
+    index = np.array(sorted(kept))
+    return steps[index], values[index]
+
+
+def _step(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
+    step = _whole(question, "step")
+    checks = [layer.check for layer in trial.layers(step)]
+    errors = [check.error for check in checks if check.error is not None]
+    facts: Json = {
+        "step": step,
+        "predictions": trial.predictions(step),
+        "probabilities": trial.probabilities(step),
+        "loss": trial.loss(step),
+        "worst_check": max(errors, default=None),
+        "failed": [index for index, check in enumerate(checks) if not check.passed],
+        "forwards": trial.header(step).facts("forwards", dict),
+    }
+    return facts, {}
+
+
+def _layer_of(trial: Trial, step: int, example: Example, index: int) -> Layer:
+    layers = trial.layers(step, batch=example.batch)
+    if not 0 <= index < len(layers):
+        raise NoSuchName(f"no layer {index} at step {step} of {trial.path}; it has {len(layers)} attention layers")
+    return layers[index]
+
+
+def _example_of(trial: Trial, index: int) -> Example:
+    examples = trial.examples()
+    if not 0 <= index < len(examples):
+        raise NoSuchName(f"no example {index} in {trial.path}; its probe has {len(examples)}")
+    return examples[index]
+
+
+def check_facts(check: Check) -> Json:
+    """A self-check as views and commands show it."""
+    return {"error": check.error, "limit": check.limit, "note": check.note, "passed": check.passed}
+
+
+def _lines(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
+    step, first, count = _whole(question, "step"), _whole(question, "first"), _whole(question, "count", 1)
+    top, heads = _whole(question, "top", 1), question.get("heads")
+    example = _example_of(trial, _whole(question, "example"))
+    layer = _layer_of(trial, step, example, _whole(question, "layer"))
+    if not isinstance(heads, list) or not heads or not all(type(head) is int for head in heads):
+        raise BadQuestion(f"heads must be a list of head numbers, not {heads!r}")
+    if len(heads) > layer.heads:
+        raise BadQuestion(f"heads lists {len(heads)} heads, {layer.name} has {layer.heads}")
+    first = min(first, max(len(example.positions) - 1, 0))
+    positions = example.positions[first : first + count]
+    tokens = min(len(positions), (REPLY_BYTES - _HEADER_ROOM) // (len(heads) * 12))
+    positions = positions[:tokens]
+    top = max(1, min(top, len(positions), ((REPLY_BYTES - _HEADER_ROOM) // (len(heads) * max(tokens, 1)) - 4) // 8))
+    facts: Json = {
+        "top": top,
+        "shown_first": first,
+        "shown_count": len(positions),
+        "causal": layer.causal,
+        "check": check_facts(layer.check),
+        "route": layer.route,
+        "dtype": layer.dtype,
+        "scale": layer.scale,
+    }
+    if not layer.check.passed:
+        facts["top"] = 0
+        shape = (len(heads), len(positions), 0)
+        empty = {"weight": np.zeros(shape, np.float32), "key": np.zeros(shape, np.int32)}
+        return facts, {**empty, "share": np.zeros(shape[:2], np.float32)}
+    found = trial.weights(step, layer, row=example.row, heads=heads)[0]
+    key, weight = attention.heaviest(found[:, positions][:, :, positions], top)
+    mass = found[:, positions].sum(axis=-1)
+    share = np.divide(weight.sum(axis=-1), mass, out=np.zeros_like(mass), where=mass > 0)
+    # Keys are counted in the example's own tokens: the window begins at `first`.
+    key = np.where(key >= 0, key + first, -1).astype(np.int32)
+    return facts, {"weight": weight, "key": key, "share": share.astype(np.float32)}
+
+
+def _first_look(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
+    step = _whole(question, "step")
+    examples = trial.examples()
+    if not examples:
+        raise NoSuchName(f"no examples in {trial.path} yet; the first step brings them")
+    best: Json = {"layer": 0, "head": 0, "example": 0, "change": 0.0}
+    start = trial.steps()[0]
+    for index, (now, then) in enumerate(zip(trial.layers(step), trial.layers(start), strict=False)):
+        if not now.check.passed or not then.check.passed or now.heads != then.heads:
+            continue
+        for example in examples[:8]:
+            if example.batch != now.batch:
+                continue
+            at = example.positions[:_FIRST_LOOK_TOKENS]
+            pair = [trial.weights(s, x, row=example.row)[0][:, at][:, :, at] for s, x in ((step, now), (start, then))]
+            change = np.abs(pair[0] - pair[1]).mean(axis=(1, 2))
+            head = int(change.argmax())
+            if change[head] > best["change"]:
+                best = {"layer": index, "head": head, "example": example.index, "change": float(change[head])}
+    return best, {}

@@ -1,0 +1,674 @@
+"""A run being read: names, steps, modes, values, and waiting for more. No torch."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import attention
+from .errors import HeadscopeWarning, NoSuchName, NoSuchStep, StoreError, TrainerGone, nearest, shorten
+from .store import Entry, Files, Header, Json, StepFile, block_of, decode
+
+Array = NDArray[Any]
+
+_POLL_S = 0.1
+_HEADERS_KEPT = 512
+
+
+@dataclass(frozen=True)
+class Check:
+    """The self-check of one attention call: weights · v against the kernel's own output.
+
+    `error` is relative, of the worst head; None where none could be made, and `note` says why.
+    """
+
+    example: int | None = None
+    rows: tuple[int, ...] = ()
+    error: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """False only if the check was made and failed."""
+        return self.error is None or self.limit is None or self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention call of a forward pass: all that entered its softmax but q and k themselves.
+
+    `docs/format.md` explains the fields.
+    """
+
+    path: str
+    call: int
+    mode: str
+    batch: int
+    route: str
+    heads: int
+    kv_heads: int
+    scale: float
+    causal: bool
+    offset: int
+    window: int | None
+    softcap: float | None
+    mask: str | None
+    bias: str | None
+    sinks: bool
+    dropout: float
+    dtype: str
+    check: Check = field(default_factory=Check)
+
+    @property
+    def name(self) -> str:
+        """The module path; with `@n` for the module's n-th further call."""
+        return f"{self.path}@{self.call}" if self.call else self.path
+
+    def key(self, kind: str) -> str:
+        """The key of this call's tensor of that kind."""
+        return f"{self.mode}/{self.batch}/{self.name}.{kind}"
+
+    @classmethod
+    def of(cls, raw: Json, source: str) -> Layer:
+        """A layer from a step file's metadata, checked.
+
+        Raises:
+            StoreError: a field is missing or of the wrong kind.
+        """
+        try:
+            check = (
+                Check(**{**raw["check"], "rows": tuple(raw["check"].get("rows", ()))}) if raw.get("check") else Check()
+            )
+            layer = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name != "check"}, check=check)
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise StoreError(f"{source}: an attention call is described wrongly: {problem!r} in {raw!r}") from None
+        for name, want in _LAYER_KINDS.items():
+            value = getattr(layer, name)
+            if not isinstance(value, want) or (isinstance(value, bool) and bool not in want):
+                raise StoreError(f"{source}: {name} of an attention call is {value!r}")
+        return layer
+
+
+_LAYER_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("path", "mode", "route", "dtype"), (str,)),
+    **dict.fromkeys(("call", "batch", "heads", "kv_heads", "offset"), (int,)),
+    **dict.fromkeys(("scale", "dropout"), (float, int)),
+    **dict.fromkeys(("causal", "sinks"), (bool,)),
+    **dict.fromkeys(("mask", "bias"), (str, type(None))),
+    "window": (int, type(None)),
+    "softcap": (float, int, type(None)),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One of the fixed examples, without its padding.
+
+    `positions` are the indices of its tokens in the padded batch; `label` is None where there is none.
+    """
+
+    index: int
+    batch: int
+    row: int
+    text: str
+    tokens: tuple[str, ...]
+    special: tuple[bool, ...]
+    positions: NDArray[np.int64]
+    label: int | None
+
+
+@dataclass(frozen=True)
+class State:
+    """How the trainer is doing, by the reader's own clock.
+
+    `state` is waiting, training, ended, stopped or failed. `age_s` is how long ago this reader last saw a sign of it.
+    """
+
+    state: str
+    step: int | None
+    age_s: float
+    alive: bool
+    message: str
+    skipped: int
+
+
+@dataclass
+class _Attempt:
+    """What is known of one attempt."""
+
+    number: int
+    parts: dict[int, dict[int, StepFile]] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
+
+    def steps(self) -> list[int]:
+        return sorted(step for step, ranks in self.parts.items() if len(ranks) == next(iter(ranks.values())).world)
+
+
+class Trial:
+    """A run, live: every question sees what has been written by then.
+
+    Args:
+        path: the run's folder, or its `s3://` or `gs://` address; need not exist yet.
+        attempt: only this (re)start of training; the whole history if None.
+    """
+
+    def __init__(self, path: str | Path, *, attempt: int | None = None) -> None:
+        self.path = str(path)
+        self.damaged: dict[str, str] = {}
+        self._only = attempt
+        self._files = Files(path)
+        self._lock = threading.RLock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._attempts: dict[int, _Attempt] = {}
+        self._versions: dict[str, str] = {}
+        self._layouts: dict[str, Header] = {}
+        self._headers: dict[str, Header] = {}
+        self._rows: dict[str, tuple[str, dict[str, Array]]] = {}
+        self._examples: dict[int, tuple[list[Example], Json]] = {}
+        self._sources: dict[int, StepFile] = {}
+        self._facts: dict[int, Json] = {}
+        self._live: Json = {}
+        self._live_version = ""
+        self._sign = time.monotonic()
+        self._moved = False
+        self.damaged.clear()
+
+    # Finding out what there is.
+
+    def refresh(self) -> list[int]:
+        """Looks once for what is new, and returns the new steps.
+
+        One listing; beside it one small read for each layout that was never seen, and `live.json` if it changed.
+        """
+        with self._lock:
+            before = set(self._sources)
+            listing = self._files.names(self._newest_name())
+            created = next((version for name, _, version in listing if name == "headscope.json"), None)
+            if created and self._versions.get("headscope.json", created) != created:
+                self._forget()
+                before = set()
+                listing = self._files.names()
+            for name, size, version in listing:
+                self._note(name, size, version)
+            self._choose_sources()
+            if self._versions.get("live.json", "") != self._live_version:
+                self._read_live()
+            return sorted(set(self._sources) - before)
+
+    def _newest_name(self) -> str:
+        if not self._attempts:
+            return ""
+        newest = self._attempts[max(self._attempts)]
+        steps = newest.steps()
+        return f"a{newest.number:03d}/steps/{steps[-1]:010d}-~" if steps else f"a{newest.number:03d}/"
+
+    def _note(self, name: str, size: int, version: str) -> None:
+        self._versions[name] = version
+        if part := StepFile.of(name, size):
+            if self._sound(part):
+                self._attempt(part.attempt).parts.setdefault(part.step, {})[part.rank] = part
+        elif block := block_of(name):
+            self._attempt(block[0]).blocks[name] = version
+        elif match := re.fullmatch(r"a(\d{3})/attempt\.json", name):
+            self._attempt(int(match[1]))
+
+    def _attempt(self, number: int) -> _Attempt:
+        return self._attempts.setdefault(number, _Attempt(number))
+
+    def _sound(self, part: StepFile) -> bool:
+        """Whether the file is as large as its layout says; a layout never seen is read first."""
+        if part.name in self.damaged:
+            return False
+        try:
+            known = self._layouts.get(part.layout)
+            if known is None:
+                self._layouts[part.layout] = self._header(part)
+            elif known.size != part.size:
+                raise StoreError(
+                    f"{part.name}: the file has {part.size} bytes, its layout promises {known.size}; it is damaged"
+                )
+        except StoreError as problem:
+            self.damaged[part.name] = str(problem)
+            return False
+        return True
+
+    def _choose_sources(self) -> None:
+        """Which attempt each step comes from: the newest that has it or began before it, with the same examples."""
+        self._sources = {}
+        until: float = float("inf")
+        wanted = [self._only] if self._only is not None else sorted(self._attempts, reverse=True)
+        newest: int | None = None
+        for number in wanted:
+            attempt = self._attempts.get(number)
+            steps = attempt.steps() if attempt else []
+            if attempt is None or not steps:
+                continue
+            if newest is not None and not self._same_probe(newest, number):
+                break
+            newest = number if newest is None else newest
+            self._sources |= {step: attempt.parts[step][0] for step in steps if step < until}
+            until = min(until, steps[0])
+
+    def _same_probe(self, one: int, other: int) -> bool:
+        return self._probe(one)[1] == self._probe(other)[1]
+
+    def _read_live(self) -> None:
+        live = self._files.json("live.json")
+        if live is None:
+            return
+        self._live_version = self._versions["live.json"]
+        if live.get("counter") != self._live.get("counter") or live.get("attempt") != self._live.get("attempt"):
+            self._moved = bool(self._live)
+            self._sign = time.monotonic()
+        self._live = live
+
+    def steps(self, mode: str | None = None) -> list[int]:
+        """All steps that can be read, in order; of one mode only, if given."""
+        with self._lock:
+            self.refresh()
+            return sorted(step for step in self._sources if mode is None or mode in self._modes(step))
+
+    def modes(self) -> list[str]:
+        """The modes that the run has: probe, train, eval."""
+        with self._lock:
+            self.refresh()
+            return sorted({mode for step in self._sources for mode in self._modes(step)})
+
+    def _modes(self, step: int) -> set[str]:
+        return {key.split("/", 1)[0] for key in self._layouts[self._sources[step].layout].entries}
+
+    @property
+    def attempt(self) -> int | None:
+        """The newest (re)start of training that has a step; None before there is one."""
+        with self._lock:
+            return max((part.attempt for part in self._sources.values()), default=None)
+
+    def state(self) -> State:
+        """How the trainer is doing."""
+        with self._lock:
+            self.refresh()
+            step = max(self._sources, default=None)
+            age_s = time.monotonic() - self._sign
+            if not self._live:
+                state = "waiting" if step is None else "training"
+                return State(state, step, age_s, alive=step is None, message="", skipped=0)
+            patience_s = max(10.0, 5 * float(self._live.get("interval_s", 2)))
+            state = str(self._live.get("state", "training"))
+            alive = state == "training" and age_s < patience_s
+            return State(
+                state, step, age_s, alive, str(self._live.get("message", "")), int(self._live.get("skipped", 0))
+            )
+
+    def wait(self, step: int, timeout: float | None = None) -> int:
+        """Blocks until a step not before `step` can be read, and returns the first such step.
+
+        Args:
+            step: an optimiser step.
+            timeout: in seconds; without it, until the trainer is gone.
+
+        Raises:
+            TrainerGone: training ended or failed before, or gives no sign any more.
+            TimeoutError: it was not there in time; trying again goes on waiting.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            state = self.state()
+            found = [have for have in self._sources if have >= step]
+            if found:
+                return min(found)
+            if state.state != "waiting" and not state.alive:
+                how = {"training": f"no sign of the trainer for {state.age_s:.0f} s"}.get(
+                    state.state, f"training {state.state}"
+                )
+                note = f" ({state.message})" if state.message else ""
+                raise TrainerGone(
+                    f"step {step} of {self.path} will not come: {how}{note}; "
+                    f"it has steps {shorten(sorted(self._sources))}"
+                )
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError(
+                    f"no step {step} in {self.path} after {timeout:g} s; it has steps {shorten(sorted(self._sources))} "
+                    f"and is {state.state}. Wait again, with a longer timeout."
+                )
+            time.sleep(_POLL_S)
+
+    # Reading what there is.
+
+    def _part(self, step: int) -> StepFile:
+        if step not in self._sources:
+            self.refresh()
+        part = self._sources.get(step)
+        if part is None:
+            have = sorted(self._sources)
+            near = f", nearest {min(have, key=lambda h: abs(h - step))}" if have else ""
+            raise NoSuchStep(
+                f"no step {step} in {self.path}; it has {shorten(have)}{near}. "
+                f"trial.wait(step={step}) blocks until it is written."
+            )
+        return part
+
+    def _header(self, part: StepFile) -> Header:
+        if part.name not in self._headers:
+            while len(self._headers) >= _HEADERS_KEPT:
+                del self._headers[next(iter(self._headers))]
+            self._headers[part.name] = self._files.header(part.name, part.size)
+        return self._headers[part.name]
+
+    def header(self, step: int) -> Header:
+        """The header of a step's file: keys, shapes, metadata."""
+        with self._lock:
+            return self._header(self._part(step))
+
+    def entries(self, step: int) -> dict[str, Entry]:
+        """Keys, dtypes and shapes of a step's tensors; nothing is read if the layout is known."""
+        with self._lock:
+            return self._layouts[self._part(step).layout].entries
+
+    def read(self, step: int, wants: Sequence[tuple[str, tuple[int, ...]]]) -> list[Array]:
+        """Parts of a step's tensors by key and leading indices; bfloat16 comes as float32."""
+        with self._lock:
+            part = self._part(step)
+            header = self._layouts[part.layout]
+        found = self._files.read(part.name, header, wants)
+        return [array.astype(np.float32) if array.dtype.name == "bfloat16" else array for array in found]
+
+    def layers(self, step: int, mode: str = "probe", batch: int = 0) -> list[Layer]:
+        """The attention calls of a forward pass, in the order in which they ran."""
+        header = self.header(step)
+        layers = [Layer.of(raw, header.name) for raw in header.facts("calls", list)]
+        return [layer for layer in layers if (layer.mode, layer.batch) == (mode, batch)]
+
+    def tensor_names(self, regex: str | None = None, *, step: int | None = None, mode: str | None = None) -> list[str]:
+        """Names of all tensors, rebuilt `.weights` included.
+
+        Args:
+            regex: only names in which it is found.
+            step: only what this step has; what any step has, if None.
+            mode: only of this mode.
+        """
+        with self._lock:
+            self.refresh()
+            headers = [self._layouts[self._part(step).layout]] if step is not None else self._used_layouts()
+        names = set()
+        for header in headers:
+            layers = [Layer.of(raw, header.name) for raw in header.facts("calls", list)]
+            for key in [*header.entries, *(layer.key("weights") for layer in layers)]:
+                in_mode, _, name = key.split("/", 2)
+                if mode in (None, in_mode) and (regex is None or re.search(regex, name)):
+                    names.add(name)
+        return sorted(names)
+
+    def _used_layouts(self) -> list[Header]:
+        return [self._layouts[layout] for layout in sorted({part.layout for part in self._sources.values()})]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor over all steps.
+
+        Raises:
+            NoSuchName: no step has it.
+        """
+        names = self.tensor_names()
+        if name not in names:
+            raise NoSuchName(
+                f"no tensor {name!r} in {self.path}{nearest(name, names)}; it has {shorten(names)}. "
+                f"trial.tensor_names(regex=...) lists them."
+            )
+        return Tensor(self, name)
+
+    def weights(self, step: int, layer: Layer, *, row: int | None = None, heads: Sequence[int] | None = None) -> Array:
+        """Attention weights of one call, rebuilt from q and k, before dropout.
+
+        Shapes:
+            returns: (batch, heads, queries, keys) float32; batch is 1 if a row is chosen
+        Args:
+            layer: as `layers` gives it for this step.
+            row: only this example of the batch.
+            heads: only these, in this order.
+        """
+        lead = () if row is None else (row,)
+        if row is not None and heads is not None:
+            return self._weights_of(step, layer, row, heads)
+        q, k = self.read(step, [(layer.key("q"), lead), (layer.key("k"), lead)])
+        if row is not None:
+            q, k = q[None], k[None]
+        found = attention.weights(q, k, **self._terms(step, layer, row))
+        return found if heads is None else found[:, list(heads)]
+
+    def _weights_of(self, step: int, layer: Layer, row: int, heads: Sequence[int]) -> Array:
+        """Only the chosen heads' bytes are read."""
+        wrong = [head for head in heads if not 0 <= head < layer.heads]
+        if wrong:
+            raise NoSuchName(f"no head {wrong[0]} in {layer.name}; it has heads 0 to {layer.heads - 1}")
+        groups = layer.heads // layer.kv_heads
+        wants = [(layer.key("q"), (row, head)) for head in heads]
+        wants += [(layer.key("k"), (row, head // groups)) for head in heads]
+        pieces = self.read(step, wants)
+        q, k = np.stack(pieces[: len(heads)])[None], np.stack(pieces[len(heads) :])[None]
+        terms = self._terms(step, layer, row)
+        for name in ("mask", "bias"):
+            if terms[name] is not None and terms[name].shape[1] != 1:
+                terms[name] = terms[name][:, list(heads)]
+        if terms["sinks"] is not None:
+            terms["sinks"] = terms["sinks"][list(heads)]
+        return attention.weights(q, k, **terms)
+
+    def _terms(self, step: int, layer: Layer, row: int | None) -> dict[str, Any]:
+        """All that entered the softmax beside q and k, as `attention.weights` takes it."""
+        prefix = f"{layer.mode}/{layer.batch}/"
+        keys = {"mask": layer.mask and prefix + layer.mask, "bias": layer.bias and prefix + layer.bias}
+        keys["sinks"] = layer.key("sinks") if layer.sinks else None
+        wanted = {name: key for name, key in keys.items() if key}
+        found = dict(zip(wanted, self.read(step, [(key, ()) for key in wanted.values()]), strict=True))
+        for name in ("mask", "bias"):
+            if row is not None and name in found and found[name].shape[0] != 1:
+                found[name] = found[name][row : row + 1]
+        terms: dict[str, Any] = dict.fromkeys(("mask", "bias", "sinks")) | found
+        for name in ("scale", "causal", "offset", "window", "softcap"):
+            terms[name] = getattr(layer, name)
+        return terms
+
+    # The fixed examples, and what the model says of them.
+
+    def _probe(self, attempt: int) -> tuple[list[Example], Json]:
+        if attempt not in self._examples:
+            name = f"a{attempt:03d}/probe.safetensors"
+            blob = self._files.get(name)
+            if blob is None:
+                return [], {}
+            tensors, header = decode(blob, name)
+            self._examples[attempt] = _examples(tensors, header), header.facts("crc32c", dict)
+        return self._examples[attempt]
+
+    def examples(self) -> list[Example]:
+        """The fixed examples, in the order of the probe; empty before the first step."""
+        with self._lock:
+            attempt = self.attempt
+            return [] if attempt is None else self._probe(attempt)[0]
+
+    def facts(self) -> Json:
+        """What is trained, with what: `attempt.json` of the newest attempt."""
+        with self._lock:
+            attempt = self.attempt
+            if attempt is None:
+                return {}
+            if attempt not in self._facts:
+                self._facts[attempt] = self._files.json(f"a{attempt:03d}/attempt.json") or {}
+            return self._facts[attempt]
+
+    def predictions(self, step: int) -> list[int | None]:
+        """The class that each example gets; None where the output is not one class per example."""
+        return [None if found is None else int(found) for found in self._per_example(step, "predictions", 1)]
+
+    def probabilities(self, step: int) -> list[list[float] | None]:
+        """The softmax of each example's logits; None where they are not kept or not one row per example."""
+        found = self._per_example(step, "logits", 2)
+        return [None if row is None else [float(p) for p in _softmax(row)] for row in found]
+
+    def _per_example(self, step: int, kind: str, axes: int) -> list[Array | None]:
+        entries = self.entries(step)
+        examples = self.examples()
+        keys = {example.batch: f"probe/{example.batch}/{kind}" for example in examples}
+        usable = [batch for batch, key in keys.items() if key in entries and len(entries[key].shape) == axes]
+        found = dict(zip(usable, self.read(step, [(keys[batch], ()) for batch in usable]), strict=True))
+        return [found[e.batch][e.row] if e.batch in found else None for e in examples]
+
+    def loss(self, step: int) -> float | None:
+        """The model's own loss on the probe, mean over its batches; None without labels."""
+        keys = [key for key in self.entries(step) if re.fullmatch(r"probe/\d+/loss", key)]
+        return float(np.mean(self.read(step, [(key, ()) for key in keys]))) if keys else None
+
+    def scalars(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """What was logged: for each name its steps and values, in order."""
+        with self._lock:
+            self.refresh()
+            found: dict[str, tuple[list[Array], list[Array]]] = {}
+            until: float = float("inf")
+            for number in sorted(self._attempts, reverse=True) if self._only is None else [self._only]:
+                rows = self._timeline(number)
+                for name, (steps, values) in rows.items():
+                    keep = (steps < until) & ~np.isnan(values)
+                    parts = found.setdefault(name, ([], []))
+                    parts[0].insert(0, steps[keep])
+                    parts[1].insert(0, values[keep])
+                own = [steps[0] for steps, _ in rows.values() if len(steps)]
+                own += self._attempts[number].steps()[:1] if number in self._attempts else []
+                until = min([until, *own])
+            return {n: (np.concatenate(s), np.concatenate(v)) for n, (s, v) in found.items() if sum(map(len, s))}
+
+    def _timeline(self, number: int) -> dict[str, tuple[Array, Array]]:
+        attempt = self._attempts.get(number)
+        found: dict[str, tuple[list[Array], list[Array]]] = {}
+        for name, version in sorted(attempt.blocks.items()) if attempt else []:
+            columns = self._block(name, version)
+            for column in columns.keys() - {"step", "time"}:
+                steps, values = found.setdefault(column, ([], []))
+                steps.append(columns["step"])
+                values.append(columns[column])
+        return {name: (np.concatenate(s), np.concatenate(v)) for name, (s, v) in sorted(found.items())}
+
+    def _block(self, name: str, version: str) -> dict[str, Array]:
+        if name not in self._rows or self._rows[name][0] != version:
+            blob = self._files.get(name)
+            if blob is None:
+                return {}
+            try:
+                columns = decode(blob, name)[0]
+                if any(c.shape != columns["step"].shape or c.ndim != 1 for c in columns.values()):
+                    raise StoreError(f"{name}: its columns differ in length")
+            except (StoreError, KeyError) as problem:
+                self.damaged[name] = str(problem)
+                return {}
+            self._rows[name] = (version, columns)
+        return self._rows[name][1]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a run, over all its steps."""
+
+    trial: Trial
+    name: str
+
+    @cached_property
+    def _kind(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    def steps(self, mode: str | None = None) -> list[int]:
+        """The steps that have it; in one mode only, if given."""
+        return [step for step in self.trial.steps() if self._batches(step, mode)]
+
+    def _batches(self, step: int, mode: str | None) -> list[tuple[str, int]]:
+        """(mode, batch) under which a step has it."""
+        source = self.name.removesuffix(".weights") + ".q" if self._kind == "weights" else self.name
+        found = []
+        for key in self.trial.entries(step):
+            in_mode, batch, name = key.split("/", 2)
+            if name == source and mode in (None, in_mode):
+                found.append((in_mode, int(batch)))
+        return sorted(found, key=lambda have: (have[0] != "probe", have))
+
+    def value(self, step: int, *, mode: str | None = None, batch: int = 0) -> Array:
+        """The tensor at a step; axes as in `docs/format.md`.
+
+        Weights are rebuilt from q and k as (batch, heads, queries, keys) float32; bfloat16 comes as float32.
+
+        Args:
+            step: an optimiser step.
+            mode: probe, train or eval; probe first, if None.
+            batch: which forward pass of the step.
+
+        Raises:
+            NoSuchStep: the run has no such step (yet).
+            NoSuchName: the step has no such tensor in that mode and batch.
+        """
+        have = self._batches(step, mode)
+        found = [in_mode for in_mode, number in have if number == batch]
+        if not found:
+            raise NoSuchName(
+                f"no {self.name!r} of mode {mode!r}, batch {batch}, at step {step} of {self.trial.path}; "
+                f"that step has it as {shorten(f'mode {m!r} batch {b}' for m, b in have)}"
+            )
+        if self._kind != "weights":
+            return self.trial.read(step, [(f"{found[0]}/{batch}/{self.name}", ())])[0]
+        layers = self.trial.layers(step, found[0], batch)
+        layer = next(layer for layer in layers if layer.name == self.name.removesuffix(".weights"))
+        if not layer.check.passed:
+            warnings.warn(
+                f"{self.name} at step {step} failed its self-check ({layer.check.error:.1e} > {layer.check.limit:g}): "
+                f"these weights are not what the kernel computed",
+                HeadscopeWarning,
+                stacklevel=2,
+            )
+        return self.trial.weights(step, layer)
+
+
+def open_trial(path: str | Path, *, attempt: int | None = None) -> Trial:
+    """A run to read, finished or still training; it sees new steps as they come.
+
+    Args:
+        path: the folder (or `s3://`, `gs://` address) given to `watch`; need not exist yet.
+        attempt: only this (re)start of training; the whole history if None.
+    """
+    return Trial(path, attempt=attempt)
+
+
+def _softmax(row: Array) -> Array:
+    shifted = np.exp(row.astype(np.float64) - row.max())
+    return np.asarray(shifted / shifted.sum())
+
+
+def _examples(tensors: dict[str, Array], header: Header) -> list[Example]:
+    texts, tokens = header.facts("texts", list), header.facts("tokens", list)
+    special = set(header.facts("special", list))
+    found: list[Example] = []
+    for batch, rows in enumerate(tokens):
+        mask, ids, labels = (tensors.get(f"{batch}/{kind}") for kind in ("mask", "ids", "labels"))
+        for row, strings in enumerate(rows):
+            at = np.arange(len(strings)) if mask is None else np.flatnonzero(mask[row])
+            label = int(labels[row]) if labels is not None and labels.ndim == 1 else None
+            found.append(
+                Example(
+                    len(found),
+                    batch,
+                    row,
+                    str(texts[batch][row]),
+                    tuple(str(strings[i]) for i in at),
+                    tuple(ids is not None and int(ids[row, i]) in special for i in at),
+                    at.astype(np.int64),
+                    None if label == -100 else label,
+                )
+            )
+    return found

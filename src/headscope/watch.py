@@ -1,0 +1,353 @@
+"""Watching a model while it trains: when to capture, and what becomes of it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from .boundary import Call
+from .capture import Pass, Probe, device_of, run, unwrap
+from .errors import HeadscopeError, HeadscopeWarning, shorten
+from .record import Record
+from .store import Json, Writer, encode
+
+_KEPT = {"float16": torch.float16, "float32": torch.float32}
+_SCALAR = re.compile(r"[A-Za-z][\w./ -]*")
+_RESERVED = {"step", "time"}
+
+
+def watch(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    probe: Any = None,
+    tokenizer: Any = None,
+    every: int = 50,
+    dtype: str | torch.dtype | None = None,
+    optimizer: Optimizer | None = None,
+) -> Watch:
+    """Watches a model's attention while it trains; use it in a `with` around any PyTorch loop.
+
+    A fixed set of examples is run through the model before training, every so many optimiser steps, and at the end,
+    in eval mode and without leaving a trace in the training. What is caught goes to `out`, from where
+    `headscope serve` and `headscope.open_trial` read it while training goes on.
+
+    Args:
+        model: trained in this process; wrapped (compiled, DDP) or not.
+        out: folder, or `s3://` or `gs://` address; training again into it starts a new attempt, nothing is overwritten.
+        probe: the examples: texts or (text, label) pairs with a tokenizer, a batch as the model takes it, or a list of
+            batches. Without one, the first 8 examples of the first training batch.
+        tokenizer: turns texts into ids and ids into token strings.
+        every: optimiser steps from one capture to the next.
+        dtype: how a float32 model's q and k are kept: "float16" (the default; weights off by 1e-3 or so) or "float32"
+            (exactly). A 16-bit model's are kept as they are.
+        optimizer: whose steps count; without it, the first that steps parameters of the model.
+
+    Raises:
+        HeadscopeError: an argument is not usable; said before training begins.
+        StoreError: `out` cannot be written.
+
+    Example:
+        with headscope.watch(model, "runs/a", probe=texts, tokenizer=tokenizer) as watch:
+            for batch in loader:
+                loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                watch.log(loss=loss)
+    """
+    return Watch(model, out, probe=probe, tokenizer=tokenizer, every=every, dtype=dtype, optimizer=optimizer)
+
+
+class Watch:
+    """What `watch` gives: a context manager that is told of the loop as little as possible."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        out: str | Path,
+        *,
+        probe: Any,
+        tokenizer: Any,
+        every: int,
+        dtype: str | torch.dtype | None,
+        optimizer: Optimizer | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise HeadscopeError(f"cannot watch a {type(model).__name__}; pass the torch.nn.Module that is trained")
+        if type(every) is not int or every < 1:
+            raise HeadscopeError(f"every must be a whole number of optimiser steps from 1 on, not {every!r}")
+        name = str(dtype or "float16").removeprefix("torch.")
+        if name not in _KEPT:
+            raise HeadscopeError(
+                f"dtype must be {' or '.join(map(repr, _KEPT))}, not {dtype!r}; a 16-bit model keeps its own"
+            )
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise HeadscopeError(
+                f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer; leave it out and call "
+                f"watch.step() after each of its steps"
+            )
+        self.out = str(out)
+        self.every = every
+        self._model = unwrap(model)
+        self._kept = _KEPT[name]
+        self._tokenizer = tokenizer
+        self._optimizer = optimizer
+        self._probe = None if probe is None else Probe.of(probe, tokenizer, self._model)
+        self._exact: set[str] = set()
+        self._forwards = {"train": 0, "eval": 0}
+        self._step = 0
+        self._captured = -1
+        self._captures = 0
+        self._autocast: tuple[str, torch.dtype] | None = None
+        self._busy = False
+        self._off = ""
+        self._told: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._writer: Writer | None = None
+
+    @property
+    def attempt(self) -> int:
+        """The number of this (re)start of training in the run."""
+        return self._running().attempt
+
+    def _running(self) -> Writer:
+        if self._writer is None:
+            raise HeadscopeError("the watch has not begun; use `with headscope.watch(...) as watch:`")
+        return self._writer
+
+    def __enter__(self) -> Watch:
+        if self._writer is not None:
+            raise HeadscopeError(f"this watch of {self.out} has been used; make a new one with headscope.watch(...)")
+        self._writer = Writer(self.out, self._facts(), self._say)
+        atexit.register(self.close)
+        self._handles.append(self._model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
+        hook = self._on_step
+        if self._optimizer is not None:
+            self._handles.append(self._optimizer.register_step_post_hook(hook))
+        else:
+            self._handles.append(register_optimizer_step_post_hook(hook))
+        if self._probe is not None:
+            with self._guarded("the probe"):
+                self._begin(self._probe)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.close()
+        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self.close("stopped", f"{type(error).__name__} at step {self._step}")
+        else:
+            first = str(error).strip().split("\n", 1)[0]
+            self.close("failed", f"{type(error).__name__} at step {self._step}: {first}")
+
+    def close(self, state: str = "ended", message: str = "") -> None:
+        """Captures the last step, writes what is waiting, and takes every hook away; called by `with`."""
+        if self._writer is None or not self._writer.running:
+            return
+        atexit.unregister(self.close)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if state == "ended" and self._step > self._captured:
+            self._capture()
+        if not self._forwards["train"] + self._forwards["eval"]:
+            self._say(
+                f"nothing was watched: the forward of {type(self._model).__name__} was never called within the watch"
+            )
+        elif not self._step:
+            self._say(
+                "no optimiser step was seen: pass optimizer= if it does not train this model's own parameters, or call "
+                "watch.step() after each step"
+            )
+        try:
+            self._writer.close(state, message or self._off)
+        except Exception as problem:
+            self._say(f"the end was not written to {self.out}: {type(problem).__name__}: {problem}")
+
+    def step(self) -> None:
+        """Says that an optimiser step was made; only for loops whose optimiser is not a `torch.optim.Optimizer`."""
+        self._running()
+        self._advance()
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Puts numbers on the time line, at the present step.
+
+        Args:
+            values: by name; numbers or tensors of one element.
+        """
+        writer = self._running()
+        with self._guarded("log", turn_off=False):
+            numbers = {}
+            for name, value in values.items():
+                if name in _RESERVED or not _SCALAR.fullmatch(name):
+                    raise HeadscopeError(
+                        f"cannot log {name!r}; a name is letters, digits, and _./ -, and not step or time"
+                    )
+                numbers[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+            writer.log(self._step, numbers)
+
+    def _facts(self) -> Json:
+        config = getattr(self._model, "config", None)
+        labels = getattr(config, "id2label", None)
+        transformers = sys.modules.get("transformers")
+        return {
+            "model": type(self._model).__name__,
+            "torch": torch.__version__,
+            "transformers": getattr(transformers, "__version__", None),
+            "every": self.every,
+            "world": 1,
+            "started": time.time(),
+            "labels": [str(labels[i]) for i in sorted(labels)] if isinstance(labels, dict) else None,
+        }
+
+    # Hooks. Nothing of ours may reach the training: each is guarded.
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or self._busy:
+            return
+        self._forwards["train" if module.training else "eval"] += 1
+        with self._guarded("the probe"):
+            if torch.is_grad_enabled():
+                self._note_autocast()
+                if self._probe is None and not self._off:
+                    self._begin(Probe.first(args, kwargs, self._tokenizer))
+
+    def _note_autocast(self) -> None:
+        kind = device_of(self._model).type
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self._autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
+
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._optimizer is None:
+            with self._guarded("the optimiser"):
+                ours = {id(parameter) for parameter in self._model.parameters()}
+                if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                    self._optimizer = optimizer
+        if optimizer is self._optimizer:
+            self._advance()
+
+    def _advance(self) -> None:
+        self._step += 1
+        if self._step % self.every == 0:
+            self._capture()
+
+    def _begin(self, probe: Probe) -> None:
+        """Writes the examples, and captures them before the first optimiser step."""
+        self._probe = probe
+        self._running().put_probe(_blob(probe))
+        self._capture()
+
+    def _capture(self) -> None:
+        """Runs the probe, if there is one and the writer has room, and hands what it gave to the writer."""
+        writer = self._running()
+        if self._probe is None or self._off or self._busy or not writer.ready():
+            return
+        with self._guarded("the capture"):
+            self._busy = True
+            record = Record(writer.image(), kept=self._kept, exact=self._exact, turn=self._captures)
+
+            def on_call(batch: int, call: Call) -> None:
+                record.add(call, mode="probe", batch=batch)
+
+            passes = run(self._model, self._probe, autocast=self._autocast, on_call=on_call)
+            for done in passes:
+                record.add_output(
+                    mode="probe", batch=done.batch, logits=done.logits, predictions=done.predictions, loss=done.loss
+                )
+            self._name_refused(record, passes)
+            forwards = dict(self._forwards)
+            writer.submit(self._step, record.image, lambda metadata: self._finish(record, metadata, forwards))
+            self._captured = self._step
+            self._captures += 1
+        self._busy = False
+
+    def _finish(self, record: Record, metadata: Json, forwards: dict[str, int]) -> tuple[Json, object]:
+        """On the writer's thread: the self-check, and what is said when it fails."""
+        whole, facts = record.finish({**metadata, "forwards": forwards})
+        failed = record.failed()
+        if failed:
+            worst = max(failed, key=lambda call: call["check"]["error"])
+            self._say(
+                f"self-check failed at step {metadata['step']} in {shorten(call['path'] for call in failed)}: rebuilt "
+                f"weights differ from the kernel's output by {worst['check']['error']:.1e} "
+                f"(limit {worst['check']['limit']:g}), so they are marked and not drawn",
+                kind=f"self-check {sorted(call['path'] for call in failed)}",
+            )
+        return whole, facts
+
+    def _name_refused(self, record: Record, passes: list[Pass]) -> None:
+        """Says which attention was not caught; and loudly if none was."""
+        refused = {path: reason for done in passes for path, reason in done.refused.items()}
+        if record.calls:
+            for path, reason in list(refused.items())[:3]:
+                self._say(f"attention in {path or 'the model'} is not captured: {reason}")
+            return
+        if refused:
+            path, reason = next(iter(refused.items()))
+            why = f"in {path or 'the model'}, {reason}"
+        else:
+            why = (
+                f"{type(self._model).__name__} called neither an attention function of transformers nor "
+                f"torch.nn.functional.scaled_dot_product_attention; attention written out by hand and "
+                f"nn.MultiheadAttention are not captured yet"
+            )
+        self._say(f"NO ATTENTION WAS CAUGHT in {type(self._model).__name__}: {why}", kind="nothing")
+
+    def _say(self, message: str, kind: str | None = None) -> None:
+        """One warning of each kind; it never raises, and shows in the viewer too."""
+        if (kind or message) in self._told:
+            return
+        self._told.add(kind or message)
+        if self._writer is not None:
+            self._writer.note(message)
+        try:
+            warnings.warn(message, HeadscopeWarning, stacklevel=2)
+        except HeadscopeWarning:
+            print(f"HeadscopeWarning: {message}", file=sys.stderr)
+
+    @contextmanager
+    def _guarded(self, what: str, *, turn_off: bool = True) -> Iterator[None]:
+        """Keeps our errors from the training: said once, and the capture is off from then on."""
+        try:
+            yield
+        except Exception as problem:
+            first = str(problem).strip().split("\n", 1)[0]
+            message = f"{what} failed at step {self._step}: {type(problem).__name__}: {first}"
+            if turn_off:
+                self._off = message
+                message += "; training goes on, captures are off"
+            self._say(message, kind=f"{what} {type(problem).__name__}")
+
+
+def _blob(probe: Probe) -> bytes:
+    """The examples as probe.safetensors."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for index, batch in enumerate(probe.batches):
+        found = {"ids": batch.ids, "mask": batch.mask, "labels": batch.labels}
+        tensors |= {f"{index}/{kind}": np.asarray(array) for kind, array in found.items() if array is not None}
+    facts = {
+        "tokens": [batch.tokens for batch in probe.batches],
+        "texts": [batch.texts for batch in probe.batches],
+        "special": probe.special,
+    }
+    return encode(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
