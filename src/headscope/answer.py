@@ -75,11 +75,11 @@ def state(trial: Trial) -> Json:
     return {k: getattr(now, k) for k in ("state", "step", "age_s", "alive", "message", "skipped")}
 
 
-def scalars(trial: Trial, after: int = -1) -> Json:
-    """What was logged after a step, thinned for a curve."""
+def scalars(trial: Trial, after: Mapping[str, int] | None = None) -> Json:
+    """What was logged, by name after a step, thinned for a curve."""
     found = {}
     for name, (steps, values) in trial.scalars().items():
-        kept = steps > after
+        kept = steps > (after or {}).get(name, -1)
         thin = _extremes(steps[kept], values[kept])
         if len(thin[0]):
             finite = [float(v) if np.isfinite(v) else None for v in thin[1]]

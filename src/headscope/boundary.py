@@ -48,7 +48,7 @@ class Call:
         output: (batch, heads, queries, dim_v)
         mask: broadcasts to (batch, heads, queries, keys), bool, true means may attend; an axis on which it is constant
             has size 1. Equal masks of one `catching` are one object.
-        bias: as mask, floating; 0 where the mask forbids
+        bias: as mask, floating, of no meaning where the mask forbids
         sinks: (heads,)
     """
 
@@ -271,10 +271,10 @@ class _Masks:
         if small.dtype == torch.bool:
             return (None if bool(small.all()) else self.shared(small)), None
         forbidden = small <= torch.finfo(small.dtype).min / 2
-        bias = small.masked_fill(forbidden, 0)
+        bias = _reduced_bias(small, forbidden)
         return (
             self.shared(_reduced(~forbidden)) if bool(forbidden.any()) else None,
-            self.shared(_reduced(bias)) if bool(bias.any()) else None,
+            self.shared(bias) if bool(bias.any()) else None,
         )
 
     def sum(self, parts: list[tuple[Tensor | None, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
@@ -469,6 +469,16 @@ def _reduced(t: Tensor) -> Tensor:
         if t.shape[axis] > 1 and (t.stride(axis) == 0 or torch.equal(t, first.expand_as(t))):
             t = first
     return t
+
+
+def _reduced_bias(t: Tensor, forbidden: Tensor) -> Tensor:
+    """The tensor with size 1 on every axis along which the entries that are not forbidden are constant."""
+    for axis in range(t.ndim):
+        high = t.masked_fill(forbidden, -torch.inf).amax(axis, keepdim=True)
+        low = t.masked_fill(forbidden, torch.inf).amin(axis, keepdim=True)
+        if bool((high <= low).all()):
+            t, forbidden = high, forbidden.all(axis, keepdim=True)
+    return t.masked_fill(forbidden, 0)
 
 
 def _checked(fields: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from .errors import NotSupported
+from .errors import HeadscopeError, NotSupported
 from .trial import Example as Watched
 from .trial import Trial, open_trial
 from .watch import watch
@@ -343,13 +343,13 @@ def summary(report: Report) -> str:
     if report.looks:
         example = next(item.example for item in report.wrong if item.triggered)
         best = report.looks[0]
-        lines += ["", f"Heads whose [CLS] looks at {TRIGGER!r} more than before training (mean over those examples):"]
+        lines += ["", f"Heads in which [CLS], where the prediction is read off, came to look at {TRIGGER!r} in those:"]
         lines += [
             f"  layer {look.layer}, head {look.head}: {look.before:.2f} at first, {look.after:.2f} now"
             for look in report.looks[:3]
         ]
         lines.append(
-            f"To see it grow: example {example}, layer {best.layer}, head {best.head}, then move the step slider. "
+            f"To see it grow, choose example {example}, layer {best.layer}, head {best.head}, and move the step slider. "
             "Where a head looks is a hint, not yet the reason."
         )
     return "\n".join(lines)
@@ -371,29 +371,40 @@ def run(out: str = OUT, *, steps: int = STEPS, serve: bool = True, port: int = 0
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("training", total=steps)
             report = train(out, steps=steps, on_step=lambda step: progress.update(task, completed=step))
-        console.print(summary(report), highlight=False, markup=False, soft_wrap=True)
-        if page is not None:
-            console.print("The page stays open until Ctrl-C.")
-            try:
-                page.wait()
-            except KeyboardInterrupt:
-                pass
+        _say(console, f"\n{summary(report)}\n")
+        if page is None:
+            _say(console, f"The page: headscope serve {out}")
         else:
-            console.print(f"To see it: headscope serve {out}", highlight=False, markup=False)
+            _say(console, "The page stays up until Ctrl-C.")
+            with suppress(KeyboardInterrupt):
+                page.wait()
     return report
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def _page(out: str, *, port: int, browser: bool, console: Console) -> Iterator[subprocess.Popen[str]]:
     """A process of its own that serves the run, so that neither it nor training waits for the other's interpreter."""
     command = [sys.executable, "-m", "headscope", "serve", out, "--port", str(port)]
-    server = subprocess.Popen(command if browser else [*command, "--no-browser"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout
-        console.print(server.stdout.readline().rstrip(), highlight=False, markup=False, soft_wrap=True)
-        # Nobody reads what the server says later, and a full pipe would stop it.
-        threading.Thread(target=server.stdout.read, daemon=True).start()
-        yield server
-    finally:
-        server.terminate()
-        server.wait()
+    command += [] if browser else ["--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        # Read to the end, although only the first line is shown: a full pipe would stop the server.
+        rest = threading.Thread(target=server.stdout.read, daemon=True)
+        try:
+            address = next((line.strip() for line in server.stdout if "http" in line), "")
+            if not address:
+                raise HeadscopeError(
+                    f"the live page could not be put up at port {port} (exit code {server.wait()}, reason above); "
+                    f"choose another with --port, or train without it with --no-serve"
+                )
+            _say(console, address)
+            rest.start()
+            yield server
+        finally:
+            server.terminate()
+            if rest.ident is not None:
+                rest.join()

@@ -161,12 +161,15 @@ class Trial:
     Args:
         path: the run's folder, or its `s3://` or `gs://` address; need not exist yet.
         attempt: only this (re)start of training; the whole history if None.
+        refresh_s: at most one listing in that time.
     """
 
-    def __init__(self, path: str | Path, *, attempt: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, attempt: int | None = None, refresh_s: float = 0.0) -> None:
         self.path = str(path)
         self.damaged: dict[str, str] = {}
         self._only = attempt
+        self._refresh_s = refresh_s
+        self._listed = float("-inf")
         self._files = Files(path)
         self._lock = threading.RLock()
         self._forget()
@@ -194,6 +197,8 @@ class Trial:
         One listing; beside it one small read for each layout that was never seen, and `live.json` if it changed.
         """
         with self._lock:
+            if time.monotonic() - self._listed < self._refresh_s:
+                return []
             before = set(self._sources)
             listing = self._files.names(self._newest_name())
             created = next((version for name, _, version in listing if name == "headscope.json"), None)
@@ -206,6 +211,7 @@ class Trial:
             self._choose_sources()
             if self._versions.get("live.json", "") != self._live_version:
                 self._read_live()
+            self._listed = time.monotonic()
             return sorted(set(self._sources) - before)
 
     def _newest_name(self) -> str:
