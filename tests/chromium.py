@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 
 
 def find() -> str | None:
@@ -31,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -300,6 +300,8 @@ class Trial:
     def attempt(self) -> int | None:
         """The newest (re)start of training that has a step; None before there is one."""
         with self._lock:
+            if not self._sources:
+                self.refresh()
             return max((part.attempt for part in self._sources.values()), default=None)
 
     def state(self) -> State:
