@@ -68,13 +68,16 @@ _HEADERS = {
 }
 
 
-def make_app(trial: Trial, *, token: str = "", hosts: list[str] | None = None) -> Starlette:
+def make_app(
+    trial: Trial, *, token: str = "", hosts: list[str] | None = None, ending: Callable[[], bool] = lambda: False
+) -> Starlette:
     """The page and its API for one run, as an ASGI application.
 
     Args:
         trial: the run; it need not exist yet.
         token: must come with the page and every question; none is asked for if empty.
         hosts: what the Host header may name; this machine only, if None.
+        ending: event streams close when this is true.
     """
 
     def locked(request: Request) -> Response | None:
@@ -100,7 +103,7 @@ def make_app(trial: Trial, *, token: str = "", hosts: list[str] | None = None) -
     async def events(request: Request) -> Response:
         refusal = locked(request)
         return refusal or StreamingResponse(
-            _events(trial, request.headers.get("last-event-id", "")),
+            _events(trial, request.headers.get("last-event-id", ""), ending),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
@@ -171,10 +174,10 @@ class _Sent:
         return f"event: trial\nid: {mark}\ndata: {data}\n\n"
 
 
-async def _events(trial: Trial, last: str) -> AsyncIterator[str]:
+async def _events(trial: Trial, last: str, ending: Callable[[], bool]) -> AsyncIterator[str]:
     sent = _Sent.of(last)
     yield "retry: 1000\n\n"
-    while True:
+    while not ending():
         began = time.monotonic()
         try:
             event = await run_in_threadpool(sent.news, trial)
@@ -239,9 +242,10 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"?token={token}" if token else "")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if _loopback(host) else ["*"]
-    app = make_app(Trial(path, refresh_s=_POLL_S / 2), token=token, hosts=hosts)
+    trial = Trial(path, refresh_s=_POLL_S / 2)
+    app = make_app(trial, token=token, hosts=hosts, ending=lambda: server.should_exit)
     # An open event stream would keep uvicorn from ending: it waits for it without a limit of its own.
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     sock.listen()
     say(f"Headscope shows {path} at {address}")
     if browser:
