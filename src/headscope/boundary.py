@@ -191,8 +191,7 @@ class _Catcher:
 
     def _of_sdpa(self, a: dict[str, Any], output: Any) -> dict[str, Any]:
         q, k, v, added = a["query"], a["key"], a["value"], a["attn_mask"]
-        for name, t in (("query", q), ("key", k), ("value", v), ("attn_mask", added)):
-            _plain(name, t)
+        _plain(query=q, key=k, value=v, attn_mask=added)
         if q.ndim not in (3, 4):
             raise _Refusal(f"its query has {q.ndim} axes; calls of scaled_dot_product_attention with 3 or 4 are caught")
         if q.ndim == 3:
@@ -227,16 +226,12 @@ class _Catcher:
         return dict(self._of_sdpa(kernel, _heads_first(output)), route="transformers:sdpa")
 
     def of_transformers_eager(self, a: dict[str, Any], output: Any) -> dict[str, Any]:
-        q, k, v = a["query"], a["key"], a["value"]
-        for name in ("query", "key", "value", "attention_mask", "position_bias"):
-            _plain(name, a.get(name))
+        q, k, v, added, bias = a["query"], a["key"], a["value"], a["attention_mask"], a.get("position_bias")
+        _plain(query=q, key=k, value=v, attention_mask=added, position_bias=bias)
         if a.get("sinks") is not None:
             raise _Refusal("its sinks differ from query to query; sinks of one number a head are captured")
-        sinks = a.get("s_aux")
-        mask, bias = self._masks.sum(
-            [self._masks.split(_additive(a.get(name)), k.shape[2]) for name in ("position_bias", "attention_mask")]
-        )
-        scale, softcap, dropout = a.get("scaling"), a.get("softcap"), a.get("dropout")
+        mask, bias = self._masks.sum([self._masks.split(_additive(t), k.shape[2]) for t in (bias, added)])
+        scale, softcap, sinks, dropout = (a.get(name) for name in ("scaling", "softcap", "s_aux", "dropout"))
         return {
             "route": "transformers:eager",
             **{"q": q, "k": k, "v": v, "output": _heads_first(output)},
@@ -278,8 +273,7 @@ class _Masks:
         )
 
     def sum(self, parts: list[tuple[Tensor | None, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
-        masks = [mask for mask, _ in parts if mask is not None]
-        biases = [bias for _, bias in parts if bias is not None]
+        masks, biases = ([t for t in kind if t is not None] for kind in zip(*parts, strict=True))
         mask = self.shared(functools.reduce(torch.logical_and, masks)) if masks else None
         bias = self.shared(functools.reduce(torch.add, biases)) if biases else None
         return mask, bias
@@ -316,18 +310,14 @@ class _SdpaMode(TorchFunctionMode):
 
 def _install_interface(catcher: _Catcher, installed: ExitStack) -> None:
     """Wraps what transformers' AttentionInterface hands out, if transformers is in use."""
-    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     for name in ("get_interface", "__getitem__"):
-        look_up = getattr(interface, name, None)
-        if interface is not None and look_up is not None:
-            installed.enter_context(_replaced(interface, name, _wrapping(catcher, look_up)))
+        if look_up := getattr(interface, name, None):
 
+            def looked_up(own: Any, implementation: Any, *default: Any, _look_up: Any = look_up, **named: Any) -> Any:
+                return _watched(catcher, _look_up(own, implementation, *default, **named), implementation)
 
-def _wrapping(catcher: _Catcher, look_up: Callable[..., Any]) -> Callable[..., Any]:
-    def looked_up(interface: Any, implementation: Any, *default: Any, **named: Any) -> Any:
-        return _watched(catcher, look_up(interface, implementation, *default, **named), implementation)
-
-    return looked_up
+            installed.enter_context(_replaced(interface, name, looked_up))
 
 
 def _watched(catcher: _Catcher, fn: Any, implementation: Any) -> Any:
@@ -413,11 +403,7 @@ def _is_transformers_sdpa(fn: Any) -> bool:
 def _named(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     bound = inspect.signature(fn).bind(*args, **kwargs)
-    rest = [p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    named = dict(bound.arguments)
-    for name in rest:
-        named.update(named.pop(name, {}))
-    return named
+    return {**bound.arguments, **bound.kwargs}
 
 
 def _sdpa_arguments(
@@ -433,11 +419,12 @@ def _sdpa_arguments(
     return {**named, "dropout_p": dropout_p, "is_causal": is_causal, "scale": rest.get("scale")}
 
 
-def _plain(name: str, t: Any) -> None:
+def _plain(**tensors: Any) -> None:
     """Refuses what is neither None nor an ordinary tensor."""
-    if t is not None and (type(t) not in (Tensor, nn.Parameter) or t.is_nested):
-        kind = "nested tensor" if isinstance(t, Tensor) and t.is_nested else type(t).__name__
-        raise _Refusal(f"its {name} is a {kind}; plain tensors are captured")
+    for name, t in tensors.items():
+        if t is not None and (type(t) not in (Tensor, nn.Parameter) or t.is_nested):
+            kind = "nested tensor" if isinstance(t, Tensor) and t.is_nested else type(t).__name__
+            raise _Refusal(f"its {name} is a {kind}; plain tensors are captured")
 
 
 def _additive(added: Tensor | None) -> Tensor | None:

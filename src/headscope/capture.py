@@ -6,12 +6,14 @@ what a forward changes elsewhere: the inside of a list, or of a tensor that is n
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -134,10 +136,8 @@ def _version(t: Tensor) -> int:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter (or buffer) lies."""
-    for tensors in (model.parameters(), model.buffers()):
-        for t in tensors:
-            return t.device
-    return torch.device("cpu")
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,15 +203,16 @@ class Probe:
         Raises:
             HeadscopeError: there is no tensor among the arguments.
         """
-        size = _batch_size((*args, *kwargs.values()))
+        size = _batch_size((args, kwargs))
         if size is None:
             raise HeadscopeError(
                 f"no probe was given, and the model's first forward has no tensor to make one of (it got "
                 f"{shorten([*map(_said, args), *kwargs]) or 'nothing'}); pass probe= to headscope.watch"
             )
         # The Trainer's divisor for the loss of its whole batch; without it the loss is the mean over these examples.
-        named = {name: _cut(value, size, most) for name, value in kwargs.items() if name != "num_items_in_batch"}
-        return cls((_batch(_cut(args, size, most), named, tokenizer),), _special(tokenizer))
+        named = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        args, named = _mapped((args, named), lambda t: _copied(t[:most] if t.ndim and t.shape[0] == size else t))
+        return cls((_batch(args, named, tokenizer),), _special(tokenizer))
 
 
 _WANTED = (
@@ -248,7 +249,9 @@ def _ready(item: Any, tokenizer: Any, model: nn.Module | None) -> Batch:
     if isinstance(item, Tensor):
         return _batch((_copied(item),), {}, tokenizer)
     names, others = _accepted(model)
-    kwargs = {name: _copied(value) for name, value in item.items() if others or name in names}
+    kwargs = {name: _copied(value) for name, value in item.items() if name in names}
+    if others:
+        kwargs |= {name: _copied(value) for name, value in item.items() if not isinstance(value, (str, list))}
     if not any(isinstance(value, Tensor) for value in kwargs.values()):
         raise HeadscopeError(
             f"the probe's batch has {shorten(item)}, and no tensor of it is taken by the forward of "
@@ -263,18 +266,28 @@ def _tokenised(texts: Sequence[str], labels: list[int] | None, tokenizer: Any, m
             f"the probe has {len(texts)} texts and the tokenizer is {_said(tokenizer)}; pass tokenizer= (such as "
             f"AutoTokenizer.from_pretrained(...)), or a batch that is tokenised already"
         )
-    names, _ = _accepted(model)
+    names, others = _accepted(model)
+    if "input_ids" not in names and not others:
+        raise HeadscopeError(
+            f"the probe has {len(texts)} texts, and the forward of {type(model).__name__} takes "
+            f"{shorten(sorted(names))}, no input_ids; pass batches as the model takes them"
+        )
     config = getattr(unwrap(model), "config", None) if model is not None else None
     limits = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
     limit = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
     cutting = {} if limit is None else {"truncation": True, "max_length": limit}
-    # One text at a time: a call on several starts threads in fast tokenizers, which then warn when a loader forks.
+    # A copy: fast tokenizers keep how they cut last, and save it. One text at a time: a call on several starts threads
+    # in them, and they then warn when a loader forks.
+    try:
+        tokenizer = copy.deepcopy(tokenizer)
+    except Exception:  # One with parts in Python, say, that cannot be copied: it is used as it is.
+        pass
     rows = [dict(tokenizer(text, **cutting)) for text in texts]
     batches = []
     for start in range(0, len(rows), TEXTS_PER_BATCH):
         part = slice(start, start + TEXTS_PER_BATCH)
         named = _padded(rows[part], tokenizer)
-        kwargs = {name: t for name, t in named.items() if not names or name in names}
+        kwargs = {name: t for name, t in named.items() if name in names or "input_ids" not in names}
         given = None if labels is None else torch.tensor(labels[part])
         if given is not None and "labels" in names:
             kwargs["labels"] = given
@@ -306,21 +319,27 @@ def _copied(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def _batch_size(values: Sequence[Any]) -> int | None:
-    tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with every tensor in it changed, in new tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(part, change) for part in value)
+    if isinstance(value, MutableMapping):
+        mapped = copy.copy(value)
+        for name in value:
+            mapped[name] = _mapped(value[name], change)
+        return mapped
+    return value
+
+
+def _batch_size(values: Any) -> int | None:
+    """The length of the first tensor of ids, or else of the first tensor."""
+    found: list[Tensor] = []
+    _mapped(values, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    tensors = [t for t in found if t.ndim]
     ids = [t for t in tensors if t.ndim >= 2 and not t.is_floating_point()]
     return next((t.shape[0] for t in [*ids, *tensors]), None)
-
-
-def _cut(value: Any, size: int, most: int) -> Any:
-    """The first examples of every tensor that has one row an example; others whole."""
-    if isinstance(value, Tensor):
-        return _copied(value[:most] if value.ndim and value.shape[0] == size else value)
-    if type(value) in (tuple, list):
-        return type(value)(_cut(part, size, most) for part in value)
-    if type(value) is dict:
-        return {name: _cut(part, size, most) for name, part in value.items()}
-    return value
 
 
 def _batch(
@@ -332,18 +351,19 @@ def _batch(
 ) -> Batch:
     """The batch with what there is to show of it."""
     positional = [value for value in args if isinstance(value, Tensor)]
-    named = [value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _NOT_IDS]
-    inputs = [*(t for t in [kwargs.get("input_ids")] if t is not None), *positional, *named]
+    given = dict(chain(*(value.items() for value in (*args, kwargs) if isinstance(value, Mapping))))
+    named = [value for name, value in given.items() if isinstance(value, Tensor) and name not in _NOT_IDS]
+    inputs = [*(t for t in [given.get("input_ids")] if isinstance(t, Tensor)), *positional, *named]
     ids = next((t for t in inputs if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
     read = ids if ids is not None else next((t for t in inputs if t.ndim == 3), None)
     if mask is None and read is not None:
         ones = torch.ones(read.shape[:2])
-        masks = [kwargs.get("attention_mask"), *(t for t in positional if t is not ids and _is_mask(t)), ones]
+        masks = [given.get("attention_mask"), *(t for t in positional if t is not ids and _is_mask(t)), ones]
         mask = next(t for t in masks if isinstance(t, Tensor) and t.shape == ones.shape)
-    labels = kwargs.get("labels", kwargs.get("label")) if labels is None else labels
+    labels = given.get("labels", given.get("label")) if labels is None else labels
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         labels = None
-    examples = _batch_size((*args, *kwargs.values())) or 0
+    examples = _batch_size((args, kwargs)) or 0
     shown = [torch.arange(0 if read is None else read.shape[1])] * examples if ids is None else list(ids)
     kept = [row.bool() for row in mask] if mask is not None else [torch.ones(0, dtype=torch.bool)] * examples
     tokens = [_names(row.tolist(), None if ids is None else tokenizer) for row in shown]
@@ -417,22 +437,12 @@ def run(
                     on_call(index, call)
                 calls.append(call.facts())
 
-            args, kwargs = _moved(batch.args, device), _moved(batch.kwargs, device)
+            # Copies even on the same device: a model may change its input in place.
+            args, kwargs = _mapped((batch.args, batch.kwargs), lambda t: t.to(device, copy=True))
             with catching(bare, take) as caught:
                 output = bare(*args, **kwargs)
             passes.append(Pass(index, calls, dict(caught.refused), *_read(output)))
     return passes
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        # A copy even on the same device: a model may change its input in place.
-        return value.to(device, copy=True)
-    if type(value) in (tuple, list):
-        return type(value)(_moved(part, device) for part in value)
-    if type(value) is dict:
-        return {name: _moved(part, device) for name, part in value.items()}
-    return value
 
 
 def _read(output: Any) -> tuple[NDArray[np.float32] | None, NDArray[np.int32] | None, float | None]:
@@ -446,7 +456,7 @@ def _read(output: Any) -> tuple[NDArray[np.float32] | None, NDArray[np.int32] | 
         loss = next((part for part in floats if part.ndim == 0), None)
     else:
         logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
-    number = float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+    number = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else None
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
         return None, None, number
     predictions = logits.argmax(-1).to("cpu", torch.int32).numpy()
