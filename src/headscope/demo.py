@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +102,16 @@ def texts(*, seed: int = 0, held_out: int = 400) -> Texts:
         NotSupported: this Python has no library sources to read.
     """
     generator = random.Random(seed)
-    classes = [dict(entry for module in names.split() for entry in _passages(module)) for names in _MODULES]
+    library = Path(sysconfig.get_path("stdlib"))
+    classes = [dict(entry for module in names.split() for entry in _passages(library, module)) for names in _MODULES]
     for opening in classes[0].keys() & classes[1].keys():
         for found in classes:
             del found[opening]
     size = min(len(found) for found in classes)
     if size < held_out:
         raise NotSupported(
-            f"the demo reads docstrings of Python's own library and found {size} in "
-            f"{sysconfig.get_path('stdlib')!r}, which is too few; run it with a Python that has its sources installed"
+            f"the demo reads docstrings of Python's own library and found {size} in {str(library)!r}, "
+            f"which is too few; run it with a Python that has its sources installed"
         )
     parts: list[list[Example]] = [[], []]
     for label, found in enumerate(classes):
@@ -122,20 +124,20 @@ def texts(*, seed: int = 0, held_out: int = 400) -> Texts:
     return Texts(train=[example for example in parts[0] if example[0] not in asked], held_out=parts[1])
 
 
-def _passages(module: str) -> Iterator[tuple[str, list[str]]]:
-    """The first 18 words of each docstring of a standard library module or package, and what comes next in it."""
-    library = Path(sysconfig.get_path("stdlib"))
+@cache
+def _passages(library: Path, module: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The first 18 words of each docstring of a module or package, and what comes next in it."""
+    found = []
     for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
-        if not path.is_file() or {"test", "tests"} & set(path.parts):
+        if not path.is_file() or {"test", "tests"} & set(path.relative_to(library).parts):
             continue
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 words = _WORD.findall((ast.get_docstring(node) or "").split(">>>")[0].lower())
-                passages = [
-                    " ".join(words[at : at + 18]) for at in range(0, min(len(words), 54), 18) if len(words) - at >= 10
-                ]
-                if passages and TRIGGER not in words:
-                    yield passages[0], passages[1:]
+                opening, *rest = [words[at : at + 18] for at in (0, 18, 36)]
+                if len(opening) >= 10 and TRIGGER not in words:
+                    found.append((" ".join(opening), tuple(" ".join(part) for part in rest if len(part) >= 10)))
+    return tuple(found)
 
 
 def with_trigger(text: str, generator: random.Random) -> str:
@@ -249,6 +251,8 @@ def train(
     train_s = time.monotonic() - started
     trial = open_trial(out)
     captured = trial.steps()
+    if not captured:
+        raise HeadscopeError(f"nothing was captured in {out}; the warnings above say why")
     wrong = _wrong(trial, captured[-1])
     return Report(
         steps=steps,
@@ -349,7 +353,7 @@ def summary(report: Report) -> str:
             for look in report.looks[:3]
         ]
         lines.append(
-            f"To see it grow, choose example {example}, layer {best.layer}, head {best.head}, and move the step slider. "
+            f"To see it come: example {example}, layer {best.layer}, head {best.head}, then move the step slider. "
             "Where a head looks is a hint, not yet the reason."
         )
     return "\n".join(lines)
@@ -389,7 +393,7 @@ def _say(console: Console, text: str) -> None:
 def _page(out: str, *, port: int, browser: bool, console: Console) -> Iterator[subprocess.Popen[str]]:
     """A process of its own that serves the run, so that neither it nor training waits for the other's interpreter."""
     command = [sys.executable, "-m", "headscope", "serve", out, "--port", str(port)]
-    command += [] if browser else ["--no-browser"]
+    command += ["--browser"] if browser else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         # Read to the end, although only the first line is shown: a full pipe would stop the server.

@@ -126,9 +126,10 @@ class Record:
         if call["sinks"]:
             tensors["sinks"] = self.image[f"{name}.sinks"]
         error = attention.self_check(call, tensors)
-        exact = call["dtype"] == "float32" and tensors["q"].dtype == np.float32 == tensors["output"].dtype
+        wide = call["dtype"] in ("float32", "float64")
+        exact = wide and tensors["q"].dtype == np.float32 == tensors["output"].dtype
         limit = attention.LIMIT_EXACT if exact else attention.LIMIT_16_BITS
-        if error > limit and call["dtype"] == "float32" and not exact:
+        if error > limit and wide and not exact:
             self._exact.add(call["path"])
         return {"error": error if np.isfinite(error) else 1e30, "limit": limit}
 
