@@ -1,6 +1,8 @@
 """Headscope: see what every attention head of a transformer is doing while it trains."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -50,3 +52,14 @@ def __getattr__(name: str) -> Any:
             f"(see 'Install' in the README for CPU and GPU builds)"
         ) from problem
     return getattr(module, name)
+
+
+class _Package(ModuleType):
+    """This package. Importing its module `watch` must not put that in the place of the function `watch`."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

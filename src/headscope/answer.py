@@ -39,7 +39,7 @@ def answer(trial: Trial, question: Mapping[str, Any]) -> bytes:
     if not isinstance(kind, str) or kind not in kinds:
         raise BadQuestion(f"cannot answer ask={kind!r}; known are {', '.join(kinds)}")
     facts, tensors = kinds[kind](trial, question)
-    return encode(tensors, {"facts": json.dumps(facts)})
+    return encode(tensors, {"facts": json.dumps(facts, allow_nan=False)})
 
 
 def _whole(question: Mapping[str, Any], name: str, least: int = 0) -> int:
@@ -50,9 +50,8 @@ def _whole(question: Mapping[str, Any], name: str, least: int = 0) -> int:
 
 
 def _trial(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
-    steps = trial.steps()
-    with_probe = trial.steps("probe")
-    layers = trial.layers(with_probe[-1]) if with_probe else []
+    steps = trial.steps("probe")
+    layers = trial.layers(steps[-1]) if steps else []
     facts: Json = {
         "name": trial.path,
         "attempt": trial.attempt or 0,
@@ -102,11 +101,12 @@ def _step(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Ar
     step = _whole(question, "step")
     checks = [layer.check for layer in trial.layers(step)]
     errors = [check.error for check in checks if check.error is not None]
+    loss = trial.loss(step)
     facts: Json = {
         "step": step,
         "predictions": trial.predictions(step),
-        "probabilities": trial.probabilities(step),
-        "loss": trial.loss(step),
+        "probabilities": [row if row and np.isfinite(row).all() else None for row in trial.probabilities(step)],
+        "loss": loss if loss is not None and np.isfinite(loss) else None,
         "worst_check": max(errors, default=None),
         "failed": [index for index, check in enumerate(checks) if not check.passed],
         "forwards": trial.header(step).facts("forwards", dict),
@@ -162,9 +162,9 @@ def _lines(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
         shape = (len(heads), len(positions), 0)
         empty = {"weight": np.zeros(shape, np.float32), "key": np.zeros(shape, np.int32)}
         return facts, {**empty, "share": np.zeros(shape[:2], np.float32)}
-    found = trial.weights(step, layer, row=example.row, heads=heads)[0]
-    key, weight = attention.heaviest(found[:, positions][:, :, positions], top)
-    mass = found[:, positions].sum(axis=-1)
+    found = trial.weights(step, layer, row=example.row, heads=heads, queries=positions)[0]
+    key, weight = attention.heaviest(found[:, :, positions], top)
+    mass = found.sum(axis=-1)
     share = np.divide(weight.sum(axis=-1), mass, out=np.zeros_like(mass), where=mass > 0)
     # Keys are counted in the example's own tokens: the window begins at `first`.
     key = np.where(key >= 0, key + first, -1).astype(np.int32)
@@ -177,7 +177,7 @@ def _first_look(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[s
     if not examples:
         raise NoSuchName(f"no examples in {trial.path} yet; the first step brings them")
     best: Json = {"layer": 0, "head": 0, "example": 0, "change": 0.0}
-    start = trial.steps()[0]
+    start = trial.steps("probe")[0]
     for index, (now, then) in enumerate(zip(trial.layers(step), trial.layers(start), strict=False)):
         if not now.check.passed or not then.check.passed or now.heads != then.heads:
             continue
@@ -185,7 +185,8 @@ def _first_look(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[s
             if example.batch != now.batch:
                 continue
             at = example.positions[:_FIRST_LOOK_TOKENS]
-            pair = [trial.weights(s, x, row=example.row)[0][:, at][:, :, at] for s, x in ((step, now), (start, then))]
+            both = ((step, now), (start, then))
+            pair = [trial.weights(s, x, row=example.row, queries=at)[0][:, :, at] for s, x in both]
             change = np.abs(pair[0] - pair[1]).mean(axis=(1, 2))
             head = int(change.argmax())
             if change[head] > best["change"]:

@@ -84,6 +84,7 @@ def allowed(
     return seen[None, None] if mask is None else mask & seen
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def weights(
     q: Floats,
     k: Floats,
@@ -127,9 +128,10 @@ def weights(
     total = scores.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sink - top)
-    return np.asarray(np.divide(scores, total, out=np.zeros_like(scores), where=total > 0), np.float32)
+    return np.asarray(np.divide(scores, total, out=np.zeros_like(scores), where=total != 0), np.float32)
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def disagreement(attended: Floats, v: Floats, output: Floats) -> float:
     """How far weights · v is from what the kernel returned, relative, worst head.
 

@@ -107,8 +107,8 @@ def _unproven(tensors: dict[str, Array], header: Header, found: Audit) -> Iterat
         limit = layer.check.limit or 0.0
         if not error <= limit:
             yield f"{header.name}: {layer.name} fails its self-check: {error:.1e}, limit {limit:g}"
-        elif abs(error - layer.check.error) > 0.1 * limit:
-            yield f"{header.name}: self-check of {layer.name} gives {error:.1e}, its record says {layer.check.error:.1e}"
+        elif abs(error - (said := layer.check.error)) > 0.1 * limit:
+            yield f"{header.name}: self-check of {layer.name} gives {error:.1e}, its record says {said:.1e}"
 
 
 def _parts(tensors: dict[str, Array], layer: Layer) -> dict[str, Array]:

@@ -157,7 +157,7 @@ class _Sent:
 
     def news(self, trial: Trial) -> str:
         """The next event, or nothing if nothing has changed."""
-        steps, attempt, now = trial.steps(), trial.attempt or 0, state(trial)
+        steps, attempt, now = trial.steps("probe"), trial.attempt or 0, state(trial)
         if attempt != self.attempt:
             self.attempt, self.step, self.rows = attempt, -1, {}
         fresh = [step for step in steps if step > self.step]

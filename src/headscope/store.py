@@ -323,7 +323,7 @@ def _header_bytes(metadata: Mapping[str, str], entries: Json) -> bytes:
 def _open(path: str | Path, *, create: bool) -> ObjectStore:
     if "://" in str(path):
         return from_url(str(path))
-    return LocalStore(str(Path(path).absolute()), mkdir=create)
+    return LocalStore(str(Path(path).expanduser().absolute()), mkdir=create)
 
 
 class Files:
@@ -335,7 +335,7 @@ class Files:
 
     def _ready(self) -> ObjectStore | None:
         if self._store is None:
-            if "://" not in self.path and not Path(self.path).is_dir():
+            if "://" not in self.path and not Path(self.path).expanduser().is_dir():
                 return None
             self._store = _open(self.path, create=False)
         return self._store
@@ -598,17 +598,18 @@ class Writer:
     def _put(self, name: str, blob: bytes | memoryview) -> None:
         obstore.put(self._store, name, blob, use_multipart=False)
 
-    def _tell(self, message: str) -> None:
-        kind = message.split(":")[0]
+    def _tell(self, message: str, kind: str = "") -> None:
+        kind = kind or message.split(":")[0]
         if kind not in self._told:
             self._told.add(kind)
             self.say(message)
 
-    def _guarded(self, what: str, action: Callable[[], None]) -> bool:
+    def _guarded(self, what: str, action: Callable[[], None], kind: str = "") -> bool:
         try:
             action()
         except Exception as problem:
-            self._tell(f"{what} was not written to {self.path}: {type(problem).__name__}: {_short(problem)}")
+            message = f"{what} was not written to {self.path}: {type(problem).__name__}: {_short(problem)}"
+            self._tell(message, f"{kind or what} {type(problem).__name__}")
             return False
         return True
 
@@ -632,7 +633,7 @@ class Writer:
                 live = now
 
     def _write(self, job: _Job) -> None:
-        if not self._guarded(f"step {job.step}", lambda: self._put_step(job)):
+        if not self._guarded(f"step {job.step}", lambda: self._put_step(job), "step"):
             self.skipped += 1
         with self._lock:
             self._free.append(job.image)
@@ -678,4 +679,7 @@ def _columns(rows: Sequence[_Row]) -> bytes:
     }
     for name in sorted({name for row in rows for name in row.values}):
         columns[name] = np.array([row.values.get(name, np.nan) for row in rows], np.float64)
+        logged = np.array([name in row.values for row in rows])
+        if (np.isnan(columns[name]) & logged).any():
+            columns[f"{name}:nan"] = np.isnan(columns[name]) & logged
     return encode(columns, {"headscope": str(FORMAT)})

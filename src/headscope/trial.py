@@ -253,7 +253,7 @@ class Trial:
 
     def _choose_sources(self) -> None:
         """Which attempt each step comes from: the newest that has it or began before it, with the same examples."""
-        self._sources = {}
+        sources: dict[int, StepFile] = {}
         until: float = float("inf")
         wanted = [self._only] if self._only is not None else sorted(self._attempts, reverse=True)
         newest: int | None = None
@@ -265,8 +265,10 @@ class Trial:
             if newest is not None and not self._same_probe(newest, number):
                 break
             newest = number if newest is None else newest
-            self._sources |= {step: attempt.parts[step][0] for step in steps if step < until}
+            sources |= {step: attempt.parts[step][0] for step in steps if step < until}
             until = min(until, steps[0])
+        # At once: other threads look at it while they wait.
+        self._sources = sources
 
     def _same_probe(self, one: int, other: int) -> bool:
         return self._probe(one)[1] == self._probe(other)[1]
@@ -436,7 +438,15 @@ class Trial:
             )
         return Tensor(self, name)
 
-    def weights(self, step: int, layer: Layer, *, row: int | None = None, heads: Sequence[int] | None = None) -> Array:
+    def weights(
+        self,
+        step: int,
+        layer: Layer,
+        *,
+        row: int | None = None,
+        heads: Sequence[int] | None = None,
+        queries: NDArray[np.int64] | None = None,
+    ) -> Array:
         """Attention weights of one call, rebuilt from q and k, before dropout.
 
         Shapes:
@@ -445,17 +455,20 @@ class Trial:
             layer: as `layers` gives it for this step.
             row: only this example of the batch.
             heads: only these, in this order.
+            queries: only these, in this order.
         """
         lead = () if row is None else (row,)
         if row is not None and heads is not None:
-            return self._weights_of(step, layer, row, heads)
+            return self._weights_of(step, layer, row, heads, queries)
         q, k = self.read(step, [(layer.key("q"), lead), (layer.key("k"), lead)])
         if row is not None:
             q, k = q[None], k[None]
-        found = attention.weights(q, k, **self._terms(step, layer, row))
+        found = attention.weights(q, k, rows=queries, **self._terms(step, layer, row))
         return found if heads is None else found[:, list(heads)]
 
-    def _weights_of(self, step: int, layer: Layer, row: int, heads: Sequence[int]) -> Array:
+    def _weights_of(
+        self, step: int, layer: Layer, row: int, heads: Sequence[int], queries: NDArray[np.int64] | None
+    ) -> Array:
         """Only the chosen heads' bytes are read."""
         wrong = [head for head in heads if not 0 <= head < layer.heads]
         if wrong:
@@ -471,7 +484,7 @@ class Trial:
                 terms[name] = terms[name][:, list(heads)]
         if terms["sinks"] is not None:
             terms["sinks"] = terms["sinks"][list(heads)]
-        return attention.weights(q, k, **terms)
+        return attention.weights(q, k, rows=queries, **terms)
 
     def _terms(self, step: int, layer: Layer, row: int | None) -> dict[str, Any]:
         """All that entered the softmax beside q and k, as `attention.weights` takes it."""
@@ -496,8 +509,12 @@ class Trial:
             blob = self._files.get(name)
             if blob is None:
                 return [], {}
-            tensors, header = decode(blob, name)
-            self._examples[attempt] = _examples(tensors, header), header.facts("crc32c", dict)
+            try:
+                tensors, header = decode(blob, name)
+                self._examples[attempt] = _examples(tensors, header), header.facts("crc32c", dict)
+            except StoreError as problem:
+                self.damaged[name] = str(problem)
+                self._examples[attempt] = [], {}
         return self._examples[attempt]
 
     def examples(self) -> list[Example]:
@@ -547,7 +564,7 @@ class Trial:
             for number in sorted(self._attempts, reverse=True) if self._only is None else [self._only]:
                 rows = self._timeline(number)
                 for name, (steps, values) in rows.items():
-                    keep = (steps < until) & ~np.isnan(values)
+                    keep = steps < until
                     parts = found.setdefault(name, ([], []))
                     parts[0].insert(0, steps[keep])
                     parts[1].insert(0, values[keep])
@@ -561,10 +578,11 @@ class Trial:
         found: dict[str, tuple[list[Array], list[Array]]] = {}
         for name, version in sorted(attempt.blocks.items()) if attempt else []:
             columns = self._block(name, version)
-            for column in columns.keys() - {"step", "time"}:
+            for column in [name for name in columns if name not in ("step", "time") and not name.endswith(":nan")]:
+                logged = ~np.isnan(columns[column]) | columns.get(f"{column}:nan", np.False_)
                 steps, values = found.setdefault(column, ([], []))
-                steps.append(columns["step"])
-                values.append(columns[column])
+                steps.append(columns["step"][logged])
+                values.append(columns[column][logged])
         return {name: (np.concatenate(s), np.concatenate(v)) for name, (s, v) in sorted(found.items())}
 
     def _block(self, name: str, version: str) -> dict[str, Array]:
@@ -627,7 +645,7 @@ class Tensor:
         if not found:
             raise NoSuchName(
                 f"no {self.name!r} of mode {mode!r}, batch {batch}, at step {step} of {self.trial.path}; "
-                f"that step has it as {shorten(f'mode {m!r} batch {b}' for m, b in have)}"
+                f"that step has it as {shorten(f'mode {m!r} batch {b}' for m, b in self._batches(step, None))}"
             )
         if self._kind != "weights":
             return self.trial.read(step, [(f"{found[0]}/{batch}/{self.name}", ())])[0]
@@ -653,6 +671,7 @@ def open_trial(path: str | Path, *, attempt: int | None = None) -> Trial:
     return Trial(path, attempt=attempt)
 
 
+@np.errstate(invalid="ignore")
 def _softmax(row: Array) -> Array:
     shifted = np.exp(row.astype(np.float64) - row.max())
     return np.asarray(shifted / shifted.sum())

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -118,6 +119,7 @@ class Watch:
         self._captures = 0
         self._autocast: tuple[str, torch.dtype] | None = None
         self._busy = False
+        self._foreign: WeakSet[Optimizer] = WeakSet()
         self._off = ""
         self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
@@ -137,7 +139,7 @@ class Watch:
         if self._writer is not None:
             raise HeadscopeError(f"this watch of {self.out} has been used; make a new one with headscope.watch(...)")
         self._writer = Writer(self.out, self._facts(), self._say)
-        atexit.register(self.close)
+        atexit.register(self._at_exit)
         self._handles.append(self._model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
         hook = self._on_step
         if self._optimizer is not None:
@@ -164,7 +166,7 @@ class Watch:
         """Captures the last step, writes what is waiting, and takes every hook away; called by `with`."""
         if self._writer is None or not self._writer.running:
             return
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -183,6 +185,9 @@ class Watch:
             self._writer.close(state, message or self._off)
         except Exception as problem:
             self._say(f"the end was not written to {self.out}: {type(problem).__name__}: {problem}")
+
+    def _at_exit(self) -> None:
+        self.close("stopped", f"the process ended at step {self._step} without leaving the watch")
 
     def step(self) -> None:
         """Says that an optimiser step was made; only for loops whose optimiser is not a `torch.optim.Optimizer`."""
@@ -238,11 +243,13 @@ class Watch:
         self._autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._optimizer is None:
+        if self._optimizer is None and optimizer not in self._foreign:
             with self._guarded("the optimiser"):
                 ours = {id(parameter) for parameter in self._model.parameters()}
                 if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
                     self._optimizer = optimizer
+                else:
+                    self._foreign.add(optimizer)
         if optimizer is self._optimizer:
             self._advance()
 
@@ -262,8 +269,7 @@ class Watch:
         writer = self._running()
         if self._probe is None or self._off or self._busy or not writer.ready():
             return
-        with self._guarded("the capture"):
-            self._busy = True
+        with self._guarded("the capture"), self._busily():
             record = Record(writer.image(), kept=self._kept, exact=self._exact, turn=self._captures)
 
             def on_call(batch: int, call: Call) -> None:
@@ -279,7 +285,15 @@ class Watch:
             writer.submit(self._step, record.image, lambda metadata: self._finish(record, metadata, forwards))
             self._captured = self._step
             self._captures += 1
-        self._busy = False
+
+    @contextmanager
+    def _busily(self) -> Iterator[None]:
+        """Within it, forward passes are ours and are not counted."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
 
     def _finish(self, record: Record, metadata: Json, forwards: dict[str, int]) -> tuple[Json, object]:
         """On the writer's thread: the self-check, and what is said when it fails."""

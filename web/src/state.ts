@@ -1,0 +1,363 @@
+/** What is chosen and what has come: the signals that every view reads, and the moves that change them. */
+import { batch, computed, effect, signal, untracked } from "@preact/signals";
+import { assign, type Slots } from "./colour.ts";
+import { type Focus, inside, type Lines, looksOf, questionOf, readLines, strokesOf } from "./lines.ts";
+import {
+  type Change,
+  type FirstLook,
+  Gone,
+  type Life,
+  type LinesQuestion,
+  type News,
+  Problem,
+  type Reply,
+  type Run,
+  type Scalars,
+  type Source,
+  type StepFacts,
+} from "./protocol.ts";
+import { Newest, Replies } from "./replies.ts";
+
+/** What a person may pick. */
+export interface Picks {
+  layer: number;
+  heads: number[];
+  example: number;
+  first: number;
+  count: number;
+}
+
+/** The state of one view. Ends with `signal`. */
+export class State {
+  readonly run = signal<Run | null>(null);
+  readonly steps = signal<number[]>([]);
+  readonly scalars = signal<Scalars>({});
+  readonly life = signal<Life | null>(null);
+  /** Seconds since the trainer was last heard of. */
+  readonly age_s = signal(0);
+  readonly gone = signal(false);
+  /** Why the picture asked for is not there. */
+  readonly problem = signal("");
+  /** What is wrong with the run. */
+  readonly trouble = signal("");
+
+  readonly picks = signal<Picks>({ layer: 0, heads: [0], example: 0, first: 0, count: 20 });
+  /** How many heads the picked layer has. */
+  readonly heads = computed(() => this.run.value?.layers[this.picks.value.layer]?.heads ?? 0);
+  /** The colours of the heads in the picture. */
+  readonly slots = signal<Slots>(new Map());
+  readonly step = signal<number | null>(null);
+  readonly following = signal(true);
+  readonly playing = signal(false);
+
+  readonly hover = signal<Focus | null>(null);
+  readonly focus = signal<Focus | null>(null);
+  readonly pin = signal<Focus | null>(null);
+  /** The head whose tile is pointed at. */
+  readonly strong = signal<number | null>(null);
+
+  /** What is shown: the newest replies that came. */
+  readonly lines = signal<Lines | null>(null);
+  readonly facts = signal<StepFacts | null>(null);
+  /** What was opened because it had changed most by then. */
+  readonly opened = signal<(FirstLook & { step: number }) | null>(null);
+
+  readonly index = computed(() => this.steps.value.indexOf(this.step.value ?? Number.NaN));
+  /** The token that is looked at, of those in the picture. */
+  readonly looked = computed(() => {
+    const focus = this.hover.value ?? this.focus.value ?? this.pin.value;
+    return this.lines.value && inside(focus, this.lines.value);
+  });
+  /** That token's weights. */
+  readonly looks = computed(() => {
+    const [lines, focus] = [this.lines.value, this.looked.value];
+    return lines && focus ? looksOf(lines, focus) : [];
+  });
+  /** What is drawn. */
+  readonly strokes = computed(() => {
+    const lines = this.lines.value;
+    return lines ? strokesOf(lines, this.looked.value) : { looks: [], share: 0 };
+  });
+
+  #source: Source;
+  #signal: AbortSignal;
+  #heard_ms = 0;
+  #opening = false;
+  #missed: Change[] = [];
+  #touched = false;
+  #first: "unseen" | "asked" | "seen" = "unseen";
+  #settled = signal(false);
+  #before: number[] = [0];
+  #timer = 0;
+  #replies!: Replies;
+  #picture!: Newest<LinesQuestion>;
+  #check!: Newest<{ ask: "step"; step: number }>;
+
+  constructor(source: Source, signal: AbortSignal) {
+    this.#source = source;
+    this.#signal = signal;
+    this.#clear();
+    const stop = [effect(() => this.#askLines()), effect(() => this.#askStep())];
+    const clock = setInterval(() => this.#tick(), 1000);
+    signal.addEventListener("abort", () => {
+      clearInterval(clock);
+      clearTimeout(this.#timer);
+      for (const each of stop) each();
+    });
+    source.onTrial((news) => this.#hear(news), signal);
+    void this.#open();
+  }
+
+  /** Changes what is picked; from here on the first look moves nothing. */
+  pick(change: Partial<Picks>): void {
+    this.#touched = true;
+    this.#choose(change);
+  }
+
+  /** Shows one head alone, or with `more` adds it to or takes it from those shown. */
+  pickHead(head: number, more: boolean): void {
+    const { heads } = this.picks.value;
+    const others = heads.filter((each) => each !== head);
+    const added = others.length < heads.length ? others : [...heads, head];
+    if (!more) this.pick({ heads: [head] });
+    else if (added.length) this.pick({ heads: added.sort((a, b) => a - b) });
+  }
+
+  /** Shows all heads, or those that were shown before. */
+  toggleAll(): void {
+    const { heads } = this.picks.value;
+    const all = Array.from({ length: this.heads.value }, (_, head) => head);
+    if (heads.length < all.length) {
+      this.#before = heads;
+      this.pick({ heads: all });
+    } else this.pick({ heads: this.#before.length < all.length ? this.#before : [0] });
+  }
+
+  /** Moves to another head or layer, around the end. */
+  turn(what: "head" | "layer", by: number): void {
+    if (what === "layer") {
+      const count = this.run.value?.layers.length ?? 0;
+      if (count) this.pick({ layer: (this.picks.value.layer + by + count) % count });
+      return;
+    }
+    const count = this.heads.value;
+    if (count) this.pick({ heads: [(this.picks.value.heads[0] + by + count) % count] });
+  }
+
+  /** Goes to the step at `index` of the list and lets go of the newest. */
+  go(index: number): void {
+    this.playing.value = false;
+    this.#go(index);
+  }
+
+  /** Goes to the newest step and stays with it, or lets go. */
+  follow(on: boolean): void {
+    batch(() => {
+      this.following.value = on;
+      if (!on) return;
+      this.playing.value = false;
+      this.step.value = this.steps.value.at(-1) ?? null;
+    });
+  }
+
+  /** Walks through the steps, from the first if it stands at the last; or stops. */
+  play(on: boolean, pause_ms: number): void {
+    clearTimeout(this.#timer);
+    const last = this.steps.value.length - 1;
+    this.playing.value = on && last > 0;
+    if (!this.playing.value) return;
+    if (this.index.value === last) this.#go(0);
+    this.#timer = setTimeout(() => this.#advance(pause_ms), pause_ms);
+  }
+
+  /** Holds a token, or lets it go if it is held. */
+  hold(token: Focus): void {
+    const held = this.pin.value;
+    this.#touched = true;
+    this.pin.value = held?.side === token.side && held.token === token.token ? null : token;
+  }
+
+  /** Lets go of every token. */
+  release(): void {
+    batch(() => {
+      this.pin.value = null;
+      this.focus.value = null;
+      this.hover.value = null;
+    });
+  }
+
+  #choose(change: Partial<Picks>): void {
+    batch(() => {
+      const picks = { ...this.picks.value, ...change };
+      const count = this.run.value?.layers[picks.layer]?.heads ?? 0;
+      const heads = picks.heads.filter((head) => head < count);
+      this.picks.value = { ...picks, heads: heads.length ? heads : [0] };
+      this.strong.value = null;
+    });
+  }
+
+  #go(index: number): void {
+    const steps = this.steps.value;
+    batch(() => {
+      this.following.value = false;
+      this.step.value = steps[Math.max(0, Math.min(steps.length - 1, index))] ?? null;
+    });
+  }
+
+  #advance(pause_ms: number): void {
+    if (!this.playing.value) return;
+    const arrived = this.lines.value?.question.step === this.step.value || this.problem.value !== "";
+    if (arrived && this.index.value >= this.steps.value.length - 1) {
+      this.playing.value = false;
+      return;
+    }
+    if (arrived) this.#go(this.index.value + 1);
+    this.#timer = setTimeout(() => this.#advance(pause_ms), pause_ms);
+  }
+
+  #clear(): void {
+    this.#picture?.forget();
+    this.#check?.forget();
+    this.#replies = new Replies(this.#source);
+    const failed = (error: unknown) => this.#fail(error);
+    this.#picture = new Newest(this.#replies, (question, reply) => this.#show(question, reply), failed);
+    this.#check = new Newest(this.#replies, (_, { facts }) => (this.facts.value = facts as StepFacts), failed);
+  }
+
+  #askLines(): void {
+    const run = this.run.value;
+    const step = this.step.value;
+    const picks = this.picks.value;
+    const [layer, example] = [run?.layers[picks.layer], run?.examples[picks.example]];
+    if (!this.#settled.value || step === null || !layer || !example) return;
+    // A reply at hand is shown within this very call.
+    untracked(() => this.#picture.ask(questionOf(layer, example, { ...picks, step })));
+  }
+
+  #askStep(): void {
+    const step = this.run.value && this.step.value;
+    if (step !== null) untracked(() => this.#check.ask({ ask: "step", step }));
+  }
+
+  #show(question: LinesQuestion, reply: Reply): void {
+    batch(() => {
+      this.lines.value = readLines(question, reply);
+      this.slots.value = assign(this.slots.value, question.heads);
+      this.problem.value = "";
+    });
+  }
+
+  #fail(error: unknown): void {
+    if (error instanceof Gone) this.gone.value = true;
+    else this.problem.value = error instanceof Error ? error.message : String(error);
+  }
+
+  async #open(): Promise<void> {
+    if (this.#opening) return;
+    this.#opening = true;
+    try {
+      const { facts } = await this.#source.ask({ ask: "trial" });
+      this.#begin(facts as Run);
+    } catch (error) {
+      this.#fail(error);
+    }
+    this.#opening = false;
+    for (const change of this.#missed.splice(0)) if (change.attempt === this.run.value?.attempt) this.#merge(change);
+  }
+
+  #begin(run: Run): void {
+    const same = this.run.value?.attempt === run.attempt;
+    batch(() => {
+      if (!same) {
+        this.#clear();
+        this.steps.value = [];
+        this.scalars.value = {};
+        this.lines.value = null;
+        this.facts.value = null;
+        this.step.value = null;
+      }
+      this.run.value = run;
+      this.#choose({});
+      this.#merge({ ...run, state: run.state });
+    });
+  }
+
+  #hear(news: News): void {
+    if (this.#signal.aborted) return;
+    if (news instanceof Gone) this.gone.value = true;
+    else if (news instanceof Problem) this.trouble.value = news.message;
+    else this.#learn(news);
+  }
+
+  #learn(change: Change): void {
+    const run = this.run.value;
+    const wasGone = this.gone.value;
+    this.gone.value = false;
+    this.trouble.value = "";
+    if (this.#opening) this.#missed.push(change);
+    // Before the first file is there, a run has no layers to speak of.
+    else if (run?.attempt !== change.attempt || (change.steps.length && !run.layers.length)) void this.#open();
+    else {
+      this.#merge(change);
+      if (wasGone) this.#askAgain();
+    }
+  }
+
+  #askAgain(): void {
+    this.#askLines();
+    this.#askStep();
+  }
+
+  #merge(change: Change): void {
+    batch(() => {
+      this.life.value = change.state;
+      this.#heard_ms = performance.now();
+      this.#tick();
+      if (change.steps.length) this.steps.value = union(this.steps.value, change.steps);
+      this.scalars.value = append(this.scalars.value, change.scalars);
+      if (this.following.value || this.step.value === null) this.step.value = this.steps.value.at(-1) ?? null;
+    });
+    void this.#look();
+  }
+
+  /** Opens what changed most, once, as soon as there are two steps and if nothing was picked until then. */
+  async #look(): Promise<void> {
+    const newest = this.steps.value.at(-1);
+    if (newest === undefined || this.#first === "asked") return;
+    if (this.#first === "unseen" && this.steps.value.length > 1 && !this.#touched) {
+      this.#first = "asked";
+      const reply = await this.#replies.ask({ ask: "first_look", step: newest }).catch(() => null);
+      this.#first = "seen";
+      if (reply && !this.#touched) {
+        const look = reply.facts as FirstLook;
+        this.opened.value = { ...look, step: newest };
+        this.#choose({ layer: look.layer, heads: [look.head], example: look.example });
+      }
+    }
+    this.#settled.value = true;
+  }
+
+  #tick(): void {
+    const life = this.life.value;
+    if (life) this.age_s.value = (life.age_s ?? 0) + Math.floor((performance.now() - this.#heard_ms) / 1000);
+  }
+}
+
+/** All of two rising lists, rising, each once. */
+export function union(old: number[], more: number[]): number[] {
+  if (!old.length || more[0] > (old.at(-1) as number)) return [...old, ...more];
+  return [...new Set([...old, ...more])].sort((a, b) => a - b);
+}
+
+/** What was logged, with the rows that are newer put behind. */
+export function append(old: Scalars, more: Scalars): Scalars {
+  const all = { ...old };
+  for (const [name, { step, value }] of Object.entries(more)) {
+    const had = old[name] ?? { step: [], value: [] };
+    const last = had.step.at(-1) ?? Number.NEGATIVE_INFINITY;
+    const from = step.findIndex((each) => each > last);
+    if (from < 0) continue;
+    all[name] = { step: [...had.step, ...step.slice(from)], value: [...had.value, ...value.slice(from)] };
+  }
+  return all;
+}
