@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check web web-check clean
+.PHONY: setup demo test check pictures web web-check clean
 
 demo: .venv/demo ## train a small BERT, watched, with its page open
 	$(BIN)/headscope demo $(DEMO)
@@ -17,6 +17,9 @@ check: .venv/test ## format, lint, types; the front end too, where Node is
 	@if command -v npm >/dev/null 2>&1; then $(MAKE) --no-print-directory web-check; else echo "no npm: the front end is checked by tests/test_bundle.py only"; fi
 
 setup: .venv/test ## everything for development into .venv
+
+pictures: .venv/test ## take the README's pictures anew
+	$(BIN)/python docs/screenshots.py
 
 web: web/node_modules ## build the front end's bundle
 	cd web && npm run --silent build
