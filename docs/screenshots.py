@@ -42,7 +42,7 @@ def main() -> None:
             page.mouse.move(640, 60)
             page.wait_for_timeout(1000)
             shot = Image.open(io.BytesIO(page.screenshot()))
-            shot.quantize(64, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
+            shot.quantize(256, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
         browser.close()
 
 

@@ -20,6 +20,7 @@ REPLY_BYTES = 1 << 20
 _HEADER_ROOM = 64 << 10
 _SCALAR_ROWS = 1000
 _FIRST_LOOK_TOKENS = 128
+_WEIGHTS_AT_ONCE = 1 << 24
 
 
 class BadQuestion(HeadscopeError, ValueError):
@@ -87,12 +88,15 @@ def scalars(trial: Trial, after: Mapping[str, int] | None = None) -> Json:
 
 
 def _extremes(steps: Array, values: Array) -> tuple[Array, Array]:
-    """At most 1,000 rows: the least and the greatest of each of 500 intervals, in order."""
+    """The least, the greatest and the first NaN of each of 500 intervals, in order; all, if they are at most 1,000."""
     if len(steps) <= _SCALAR_ROWS:
         return steps, values
     kept: set[int] = set()
     for interval in np.array_split(np.arange(len(steps)), _SCALAR_ROWS // 2):
-        kept |= {int(interval[np.argmin(values[interval])]), int(interval[np.argmax(values[interval])])}
+        nan = np.isnan(values[interval])
+        kept |= {int(index) for index in interval[nan][:1]}
+        if len(number := interval[~nan]):
+            kept |= {int(number[np.argmin(values[number])]), int(number[np.argmax(values[number])])}
     index = np.array(sorted(kept))
     return steps[index], values[index]
 
@@ -162,9 +166,13 @@ def _lines(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
         shape = (len(heads), len(positions), 0)
         empty = {"weight": np.zeros(shape, np.float32), "key": np.zeros(shape, np.int32)}
         return facts, {**empty, "share": np.zeros(shape[:2], np.float32)}
-    found = trial.weights(step, layer, row=example.row, heads=heads, queries=positions)[0]
-    key, weight = attention.heaviest(found[:, :, positions], top)
-    mass = found.sum(axis=-1)
+    each = max(1, _WEIGHTS_AT_ONCE // max(1, len(positions) * int(example.positions.max(initial=0) + 1)))
+    parts = []
+    for start in range(0, len(heads), each):
+        part = heads[start : start + each]
+        found = trial.weights(step, layer, row=example.row, heads=part, queries=positions)[0]
+        parts.append((*attention.heaviest(found[:, :, positions], top), found.sum(axis=-1)))
+    key, weight, mass = (np.concatenate(column) for column in zip(*parts, strict=True))
     share = np.divide(weight.sum(axis=-1), mass, out=np.zeros_like(mass), where=mass > 0)
     # Keys are counted in the example's own tokens: the window begins at `first`.
     key = np.where(key >= 0, key + first, -1).astype(np.int32)
@@ -173,11 +181,11 @@ def _lines(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
 
 def _first_look(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
     step = _whole(question, "step")
-    examples = trial.examples()
-    if not examples:
+    examples, steps = trial.examples(), trial.steps("probe")
+    if not examples or not steps:
         raise NoSuchName(f"no examples in {trial.path} yet; the first step brings them")
     best: Json = {"layer": 0, "head": 0, "example": 0, "change": 0.0}
-    start = trial.steps("probe")[0]
+    start = steps[0]
     for index, (now, then) in enumerate(zip(trial.layers(step), trial.layers(start), strict=False)):
         if not now.check.passed or not then.check.passed or now.heads != then.heads:
             continue

@@ -56,6 +56,10 @@ ROWS = 256
 _TICK_S = 0.25
 
 
+class Unreachable(StoreError):
+    """A file or folder that cannot be read now; it may be read later."""
+
+
 @dataclass(frozen=True)
 class StepFile:
     """One rank's part of a step, as its name and the listing tell it."""
@@ -352,7 +356,7 @@ class Files:
                 for item in chunk
             ]
         except (BaseError, OSError) as problem:
-            raise StoreError(f"cannot list {self.path}: {_short(problem)}") from None
+            raise Unreachable(f"cannot list {self.path}: {_short(problem)}") from None
         return sorted(found)
 
     def get(self, name: str) -> bytes | None:
@@ -365,7 +369,7 @@ class Files:
         except FileNotFoundError:
             return None
         except (BaseError, OSError) as problem:
-            raise StoreError(f"cannot read {name} in {self.path}: {_short(problem)}") from None
+            raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
 
     def json(self, name: str) -> Json | None:
         """A small JSON file, or None if there is none."""
@@ -383,16 +387,16 @@ class Files:
     def _ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         store = self._ready()
         if store is None:
-            raise StoreError(f"cannot read {name}: {self.path} is gone")
+            raise Unreachable(f"cannot read {name}: {self.path} is gone")
         try:
             starts, ends = [start for start, _ in spans], [end for _, end in spans]
             found = obstore.get_ranges(store, name, starts=starts, ends=ends)
         except (BaseError, OSError) as problem:
-            raise StoreError(f"cannot read {name} in {self.path}: {_short(problem)}") from None
+            raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
         pieces = [bytes(piece) for piece in found]
         for piece, (start, end) in zip(pieces, spans, strict=True):
             if len(piece) != end - start:
-                raise StoreError(f"{name}: bytes {start} to {end} were asked for, {len(piece)} bytes came")
+                raise Unreachable(f"{name}: bytes {start} to {end} were asked for, {len(piece)} bytes came")
         return pieces
 
     def header(self, name: str, size: int) -> Header:

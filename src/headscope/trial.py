@@ -6,6 +6,7 @@ import re
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 
 from . import attention
 from .errors import HeadscopeWarning, NoSuchName, NoSuchStep, StoreError, TrainerGone, nearest, shorten
-from .store import Entry, Files, Header, Json, StepFile, block_of, decode
+from .store import Entry, Files, Header, Json, StepFile, Unreachable, block_of, decode
 
 Array = NDArray[Any]
 
 _POLL_S = 0.1
 _HEADERS_KEPT = 512
+_TRIES = 3
+_KEY = re.compile(r"[a-z]+/\d{1,9}/.+")
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ class Trial:
         self._live: Json = {}
         self._live_version = ""
         self._sign = time.monotonic()
-        self._moved = False
+        self._missed: Counter[str] = Counter()
         self.damaged.clear()
 
     # Finding out what there is.
@@ -241,12 +244,17 @@ class Trial:
         try:
             known = self._layouts.get(part.layout)
             if known is None:
-                self._layouts[part.layout] = self._header(part)
+                header = self._header(part)
+                _check_keys(header)
+                self._layouts[part.layout] = header
             elif known.size != part.size:
                 raise StoreError(
                     f"{part.name}: the file has {part.size} bytes, its layout promises {known.size}; it is damaged"
                 )
         except StoreError as problem:
+            self._missed[part.name] += 1
+            if isinstance(problem, Unreachable) and self._missed[part.name] < _TRIES:
+                raise
             self.damaged[part.name] = str(problem)
             return False
         return True
@@ -279,7 +287,6 @@ class Trial:
             return
         self._live_version = self._versions["live.json"]
         if live.get("counter") != self._live.get("counter") or live.get("attempt") != self._live.get("attempt"):
-            self._moved = bool(self._live)
             self._sign = time.monotonic()
         self._live = live
 
@@ -458,6 +465,9 @@ class Trial:
             queries: only these, in this order.
         """
         lead = () if row is None else (row,)
+        wrong = [head for head in heads or () if not 0 <= head < layer.heads]
+        if wrong:
+            raise NoSuchName(f"no head {wrong[0]} in {layer.name}; it has heads 0 to {layer.heads - 1}")
         if row is not None and heads is not None:
             return self._weights_of(step, layer, row, heads, queries)
         q, k = self.read(step, [(layer.key("q"), lead), (layer.key("k"), lead)])
@@ -470,9 +480,6 @@ class Trial:
         self, step: int, layer: Layer, row: int, heads: Sequence[int], queries: NDArray[np.int64] | None
     ) -> Array:
         """Only the chosen heads' bytes are read."""
-        wrong = [head for head in heads if not 0 <= head < layer.heads]
-        if wrong:
-            raise NoSuchName(f"no head {wrong[0]} in {layer.name}; it has heads 0 to {layer.heads - 1}")
         groups = layer.heads // layer.kv_heads
         wants = [(layer.key("q"), (row, head)) for head in heads]
         wants += [(layer.key("k"), (row, head // groups)) for head in heads]
@@ -675,6 +682,12 @@ def open_trial(path: str | Path, *, attempt: int | None = None) -> Trial:
 def _softmax(row: Array) -> Array:
     shifted = np.exp(row.astype(np.float64) - row.max())
     return np.asarray(shifted / shifted.sum())
+
+
+def _check_keys(header: Header) -> None:
+    wrong = [key for key in header.entries if not _KEY.fullmatch(key)]
+    if wrong:
+        raise StoreError(f"{header.name}: tensor {wrong[0]!r} is not named <mode>/<batch>/<name>")
 
 
 def _examples(tensors: dict[str, Array], header: Header) -> list[Example]:

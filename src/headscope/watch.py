@@ -200,16 +200,13 @@ class Watch:
         Args:
             values: by name; numbers or tensors of one element.
         """
-        writer = self._running()
-        with self._guarded("log", turn_off=False):
-            numbers = {}
-            for name, value in values.items():
+        writer, numbers = self._running(), {}
+        for name, value in values.items():
+            with self._guarded(f"log of {name!r}", turn_off=False):
                 if name in _RESERVED or not _SCALAR.fullmatch(name):
-                    raise HeadscopeError(
-                        f"cannot log {name!r}; a name is letters, digits, and _./ -, and not step or time"
-                    )
+                    raise HeadscopeError("a name is letters, digits, and _./ -, and neither step nor time")
                 numbers[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
-            writer.log(self._step, numbers)
+        writer.log(self._step, numbers)
 
     def _facts(self) -> Json:
         config = getattr(self._model, "config", None)

@@ -1,0 +1,747 @@
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import obstore
+import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+
+from golden.synthetic import put, write
+from headscope import store
+from headscope.errors import NoSuchName, StoreError
+from headscope.store import Files, Header, Image, StepFile, Writer, decode, encode, faults, parse_header
+
+torch.set_num_threads(1)
+Array = NDArray[Any]
+
+
+def every_dtype() -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    tensors: dict[str, Array] = {}
+    for code, dtype in store.DTYPES.items():
+        tensors[f"probe/0/{code.lower()}.q"] = (rng.random((2, 3, 5)) * 4 - 1).astype(dtype)
+        tensors[f"probe/0/{code.lower()}.empty"] = np.zeros((2, 0, 3), dtype)
+        tensors[f"probe/0/{code.lower()}.number"] = np.array(1, dtype)
+    return tensors
+
+
+def same(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def test_every_dtype_shape_and_string_comes_back() -> None:
+    tensors = every_dtype()
+    found, header = decode(encode(tensors, {"step": "7", "text": 'naïve "ü" \n'}))
+    assert found.keys() == tensors.keys()
+    assert all(same(found[key], tensors[key]) for key in tensors)
+    assert header.metadata["step"] == "7"
+    assert header.metadata["text"] == 'naïve "ü" \n'
+    assert header.facts("crc32c", dict) == {key: store.checksum(tensor) for key, tensor in tensors.items()}
+
+
+def test_no_tensor_at_all_comes_back() -> None:
+    found, header = decode(encode({}, {"facts": "{}"}))
+    assert found == {}
+    assert header.metadata["facts"] == "{}"
+
+
+def test_the_stock_package_opens_it(tmp_path: Path) -> None:
+    tensors = every_dtype()
+    blob = encode(tensors, {"step": "7"})
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(blob)
+    by_torch = safetensors.torch.load_file(path)
+    assert by_torch.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        wide = tensor.astype(np.float64)
+        assert by_torch[key].shape == tensor.shape
+        assert np.array_equal(by_torch[key].double().numpy(), wide), key
+    assert by_torch["probe/0/bf16.q"].dtype == torch.bfloat16
+    by_numpy = safetensors.numpy.load_file(path)
+    assert all(same(by_numpy[key], tensors[key]) for key in tensors if "bf16" not in key)
+    with safetensors.safe_open(path, "np") as opened:
+        assert opened.metadata()["step"] == "7"
+        assert json.loads(opened.metadata()["crc32c"]).keys() == tensors.keys()
+
+
+def test_what_the_stock_package_writes_is_read(tmp_path: Path) -> None:
+    tensors: dict[str, Array] = {
+        "probe/0/a.q": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "probe/0/b.k": np.ones(3, np.float16),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors", {"step": "3"})
+    found, header = decode((tmp_path / "a.safetensors").read_bytes(), "a.safetensors")
+    assert all(same(found[key], tensors[key]) for key in tensors)
+    assert header.metadata == {"step": "3"}
+
+
+def test_bfloat16_by_torch_is_the_same_bits() -> None:
+    numbers = torch.randn(64, dtype=torch.bfloat16)
+    blob = encode({"q": np.array(numbers.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)}, {})
+    assert torch.equal(safetensors.torch.load(blob)["q"], numbers)
+
+
+def filled(image: Image, number: int, *, shape: tuple[int, ...] = (2, 3)) -> dict[str, Array]:
+    slots = {key: image.slot(key, np.dtype(dtype), shape) for key, dtype in (("b", "f2"), ("a", "f2"), ("c", "f4"))}
+    for index, slot in enumerate(slots.values()):
+        slot[...] = number + index
+    return slots
+
+
+def test_an_image_used_again_is_as_a_fresh_one_and_copies_nothing() -> None:
+    image = Image()
+    filled(image, 1)
+    image.seal({"step": "1"})
+    kept = {key: image[key] for key in "abc"}
+    for number in (2, 3):
+        image.again()
+        slots = filled(image, number)
+        assert all(slots[key] is kept[key] for key in kept)
+        blob = image.seal({"step": str(number)})
+        assert all(image[key] is kept[key] for key in kept), "sealing moved nothing"
+        where = np.frombuffer(blob, np.uint8)
+        assert all(np.shares_memory(where, kept[key]) for key in kept)
+        fresh = Image()
+        filled(fresh, number)
+        assert bytes(blob) == bytes(fresh.seal({"step": str(number)}))
+
+
+def test_an_image_used_again_with_other_slots_is_as_a_fresh_one() -> None:
+    image = Image()
+    filled(image, 1)
+    image.seal({})
+    for shape in ((4, 3), (2, 3), (1,)):
+        image.again()
+        filled(image, 5, shape=shape)
+        fresh = Image()
+        filled(fresh, 5, shape=shape)
+        assert bytes(image.seal({"n": "1"})) == bytes(fresh.seal({"n": "1"}))
+    image.again()
+    image.slot("a", np.dtype("f2"), (1,))[...] = 9
+    found, _ = decode(bytes(image.seal({})))
+    assert list(found) == ["a"], "what is not filled is not in the file"
+    assert found["a"] == 9
+
+
+def test_an_image_survives_a_longer_header() -> None:
+    image = Image()
+    filled(image, 1)
+    image.seal({})
+    image.again()
+    filled(image, 2)
+    blob = bytes(image.seal({"calls": "x" * 9000}))
+    found, header = decode(blob)
+    assert faults(blob, "f") == [f"f: tensor '{key}' carries no checksum" for key in "cab"]
+    assert [found[key][0, 0] for key in "bac"] == [2, 3, 4]
+    assert header.metadata["calls"] == "x" * 9000
+
+
+def test_slots_that_cannot_be_are_refused() -> None:
+    image = Image()
+    image.slot("a", np.dtype("f4"), (1,))
+    with pytest.raises(StoreError, match="tensor 'a' stands twice in one file"):
+        image.slot("a", np.dtype("f4"), (1,))
+    with pytest.raises(StoreError, match="tensor 'b' has dtype complex64, the format knows F64, F32, F16, BF16"):
+        image.slot("b", np.dtype("c8"), (1,))
+
+
+def test_data_begins_at_a_page_and_falls_in_item_size_then_key() -> None:
+    for metadata in ({}, {"a": "x" * 3400}, {"a": "x" * 3600}, {"a": "x" * 20000}):
+        blob = encode(every_dtype(), metadata)
+        length = struct.unpack("<Q", blob[:8])[0]
+        assert (8 + length) % 4096 == 0
+        header = parse_header(blob[: 8 + length], len(blob), "f")
+        assert blob[8 + length - 1 : 8 + length] == b" "
+        keys = sorted(header.entries, key=lambda key: (-header.entries[key].dtype.itemsize, key))
+        at = 8 + length
+        for key in keys:
+            assert header.entries[key].start == at, key
+            assert (at - 8 - length) % header.entries[key].dtype.itemsize == 0
+            at = header.entries[key].end
+        assert at == len(blob)
+
+
+def test_the_layout_is_the_same_only_for_the_same_shape_and_calls() -> None:
+    def layout(image: Image, calls: object, **metadata: str) -> str:
+        found = image.layout(metadata, calls)
+        image.seal(metadata)
+        return found
+
+    first, again = Image(), Image()
+    filled(first, 1)
+    one = layout(first, [{"scale": 1}], step="1")
+    assert re.fullmatch("[0-9a-f]{8}", one)
+    first.again()
+    filled(first, 2)
+    assert layout(first, [{"scale": 1}], step="2") == one
+    filled(again, 2)
+    assert layout(again, [{"scale": 1}], step="2") == one
+    assert layout(again, [{"scale": 2}], step="2") != one
+    other = Image()
+    filled(other, 1, shape=(3, 2))
+    assert layout(other, [{"scale": 1}], step="1") != one
+    longer = Image()
+    filled(longer, 1)
+    assert layout(longer, [{"scale": 1}], step="1", note="x" * 5000) != one
+    renamed = Image()
+    for key, dtype in (("b", "f2"), ("a", "f2"), ("d", "f4")):
+        renamed.slot(key, np.dtype(dtype), (2, 3))
+    assert layout(renamed, [{"scale": 1}], step="1") != one
+
+
+def test_one_flipped_bit_is_found() -> None:
+    tensors: dict[str, Array] = {"probe/0/a.q": np.arange(6, dtype=np.float32), "probe/0/b.k": np.ones(4, np.float16)}
+    blob = encode(tensors, {})
+    assert faults(blob, "f.safetensors") == []
+    _, header = decode(blob)
+    for key, entry in header.entries.items():
+        for at in (entry.start, entry.end - 1):
+            bad = bytearray(blob)
+            bad[at] ^= 16
+            assert faults(bytes(bad), "f.safetensors") == [
+                f"f.safetensors: tensor {key!r} from byte {entry.start} on does not match its checksum"
+            ]
+
+
+def test_a_tensor_without_a_checksum_is_a_fault() -> None:
+    blob = safetensors.numpy.save({"a": np.zeros(3)})
+    assert faults(blob, "f") == ["f: tensor 'a' carries no checksum"]
+    assert faults(safetensors.numpy.save({"a": np.zeros(3)}, {"crc32c": "[]"}), "f") == [
+        "f: metadata 'crc32c' is list, not dict"
+    ]
+    assert (
+        "f: metadata 'crc32c' is not JSON"
+        in faults(safetensors.numpy.save({"a": np.zeros(3)}, {"crc32c": "{"}), "f")[0]
+    )
+
+
+def forged(header: str | bytes, data: int = 8) -> bytes:
+    raw = header if isinstance(header, bytes) else header.encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(data)
+
+
+def one_tensor(dtype: str = '"U8"', shape: str = "[8]", offsets: str = "[0,8]", key: str = "a") -> bytes:
+    return forged(f'{{"{key}":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}')
+
+
+GOOD = encode({"a": np.arange(8, dtype=np.uint8)}, {})
+TWO = '{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[%d,%d]}}'
+DAMAGED = {
+    "truncated": (GOOD[:-1], "the file has 4103 bytes, its header promises 4104; it is damaged or unfinished"),
+    "extended": (GOOD + b"\0", "the file has 4105 bytes, its header promises 4104; it is damaged or unfinished"),
+    "empty": (b"", "0 bytes are too few for a safetensors file; it is damaged or unfinished"),
+    "seven bytes": (GOOD[:7], "7 bytes are too few for a safetensors file"),
+    "zero-filled": (bytes(len(GOOD)), "the header, bytes 8 to 8, is not JSON as it should be"),
+    "half a header": (GOOD[:2000], "byte 0 promises a header of 4088 bytes, the file has 2000; it is damaged"),
+    "huge length": (b"\xff" * 8 + GOOD[8:], "byte 0 promises a header of 18446744073709551615 bytes"),
+    "overlap": (forged(TWO % (3, 7)), "tensor 'b' begins at byte 116, but 117 is where the one before ends"),
+    "hole": (forged(TWO % (5, 9), 9), "tensor 'b' begins at byte 118, but 117 is where the one before ends"),
+    "hole before": (one_tensor(shape="[7]", offsets="[1,8]"), "tensor 'a' begins at byte"),
+    "negative offset": (one_tensor(offsets="[-8,0]"), "tensor 'a' of shape (8,) does not fit its bytes -8 to 0"),
+    "negative shape": (one_tensor(shape="[-2,-4]"), "tensor 'a' of shape (-2, -4) does not fit its bytes 0 to 8"),
+    "shape too large": (one_tensor(shape="[9]"), "tensor 'a' of shape (9,) does not fit its bytes 0 to 8"),
+    "huge shape": (one_tensor(shape=f"[{2**62},4]"), "does not fit its bytes 0 to 8"),
+    "shape of floats": (one_tensor(shape="[8.0]"), "tensor 'a' of shape (8.0,) does not fit its bytes 0 to 8"),
+    "shape of truth": (one_tensor(shape="[8,true]"), "tensor 'a' of shape (8, True) does not fit"),
+    "shape a string": (one_tensor(shape='"8"'), "does not fit its bytes 0 to 8"),
+    "unknown dtype": (one_tensor(dtype='"F8_E4M3"'), "tensor 'a' is described by {'dtype': 'F8_E4M3'"),
+    "dtype a list": (one_tensor(dtype="[]"), "want a known dtype, shape and data_offsets"),
+    "three offsets": (one_tensor(offsets="[0,8,9]"), "want a known dtype, shape and data_offsets"),
+    "entry a number": (forged('{"a":1}'), "tensor 'a' is described by 1; want a known dtype, shape and data_offsets"),
+    "key twice": (
+        forged(
+            '{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}'
+        ),
+        "is not JSON as it should be: a key stands twice",
+    ),
+    "name with ..": (one_tensor(key="probe/../a"), "tensor 'probe/../a' of shape (8,) does not fit"),
+    "name from the root": (one_tensor(key="/etc/a"), "tensor '/etc/a' of shape (8,) does not fit"),
+    "name with a newline": (one_tensor(key="a\\n"), "tensor 'a\\n' of shape (8,) does not fit"),
+    "a list": (forged("[]", 0), "the header at byte 8 is list, not an object"),
+    "not text": (forged(b"\xff\xfe\x00{"), "is not JSON as it should be"),
+    "deep": (forged("[" * 100_000), "is not JSON as it should be"),
+    "metadata a number": (forged('{"__metadata__":{"step":1}}', 0), "__metadata__ must hold strings only"),
+    "metadata a list": (forged('{"__metadata__":[]}', 0), "__metadata__ must hold strings only"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_a_store_error_that_names_it(kind: str, tmp_path: Path) -> None:
+    blob, message = DAMAGED[kind]
+    with pytest.raises(StoreError, match=re.escape(message)) as problem:
+        decode(blob, "a000/x.safetensors")
+    assert str(problem.value).startswith("a000/x.safetensors: ")
+    assert faults(blob, "a000/x.safetensors") == [str(problem.value)]
+    (tmp_path / "x.safetensors").write_bytes(blob)
+    with pytest.raises(StoreError, match=re.escape(message)):
+        Files(tmp_path).header("x.safetensors", len(blob))
+
+
+def test_a_header_larger_than_one_read_is_read(tmp_path: Path) -> None:
+    blob = encode({"a": np.arange(8, dtype=np.uint8)}, {"calls": "x" * 100_000})
+    (tmp_path / "x.safetensors").write_bytes(blob)
+    header = Files(tmp_path).header("x.safetensors", len(blob))
+    assert len(header.metadata["calls"]) == 100_000
+    assert Files(tmp_path).read("x.safetensors", header, [("a", ())])[0].tolist() == list(range(8))
+
+
+def test_parts_of_tensors_are_read_by_leading_indices(tmp_path: Path) -> None:
+    tensors = every_dtype()
+    blob = encode(tensors, {})
+    (tmp_path / "x.safetensors").write_bytes(blob)
+    files = Files(tmp_path)
+    header = files.header("x.safetensors", len(blob))
+    wants: list[tuple[str, tuple[int, ...]]] = []
+    for key in tensors:
+        wants.append((key, ()))
+        if key.endswith(".q"):
+            wants += [(key, (1,)), (key, (1, 2)), (key, (0, 1, 4))]
+    for (key, lead), found in zip(wants, files.read("x.safetensors", header, wants), strict=True):
+        assert same(found, np.asarray(tensors[key][lead])), (key, lead)
+
+
+def test_parts_that_are_not_there_are_named(tmp_path: Path) -> None:
+    blob = encode({"probe/0/a.q": np.zeros((2, 3))}, {})
+    (tmp_path / "x.safetensors").write_bytes(blob)
+    files = Files(tmp_path)
+    header = files.header("x.safetensors", len(blob))
+    with pytest.raises(NoSuchName, match=r"no tensor 'probe/0/a.k' in x.safetensors; nearest is 'probe/0/a.q'"):
+        files.read("x.safetensors", header, [("probe/0/a.k", ())])
+    for lead in ((2,), (-1,), (1, 3)):
+        with pytest.raises(NoSuchName, match=r"index -?\d in 'probe/0/a.q' of x.safetensors, whose axis has [23]"):
+            files.read("x.safetensors", header, [("probe/0/a.q", lead)])
+
+
+def test_a_file_that_shrank_or_went_away_is_a_store_error(tmp_path: Path) -> None:
+    blob = encode({"a": np.zeros(100)}, {})
+    (tmp_path / "x.safetensors").write_bytes(blob)
+    files = Files(tmp_path)
+    header = files.header("x.safetensors", len(blob))
+    (tmp_path / "x.safetensors").write_bytes(blob[:-80])
+    with pytest.raises(StoreError, match=r"x\.safetensors"):
+        files.read("x.safetensors", header, [("a", ())])
+    (tmp_path / "x.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"cannot read x\.safetensors in .*"):
+        files.read("x.safetensors", header, [("a", ())])
+
+
+def test_files_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    files = Files(tmp_path / "later")
+    assert files.names() == []
+    assert files.get("live.json") is None
+    assert files.json("live.json") is None
+    with pytest.raises(StoreError, match=r"cannot read x: .*later is gone"):
+        files.header("x", 100)
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "live.json").write_text('{"counter": 1}')
+    assert files.json("live.json") == {"counter": 1}
+    assert [name for name, _, _ in files.names()] == ["live.json"]
+    assert files.names("live.json") == []
+
+
+def test_json_that_is_none_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(StoreError, match=r"a\.json in .* is not JSON: "):
+        Files(tmp_path).json("a.json")
+    with pytest.raises(StoreError, match=r"b\.json in .* is list, not an object"):
+        Files(tmp_path).json("b.json")
+
+
+def test_names_tell_what_a_file_is() -> None:
+    name = "a012/steps/0000000100-r00001-of-00002-5f0c22d1.safetensors"
+    assert StepFile.of(name, 9) == StepFile(name, 9, 12, 100, 1, 2, "5f0c22d1")
+    assert StepFile.of(name + "#1", 9) is None
+    assert StepFile.of(name.replace("steps", "timeline"), 9) is None
+    assert store.block_of("a003/timeline/r00001-00002.safetensors") == (3, 1, 2)
+    assert store.block_of(name) is None
+
+
+def test_metadata_that_is_not_what_it_should_be() -> None:
+    header = Header("f", {}, {"calls": "[1]", "bad": "{"}, 0)
+    assert header.facts("calls", list) == [1]
+    assert header.facts("none", dict) == {}
+    with pytest.raises(StoreError, match="f: metadata 'calls' is list, not dict"):
+        header.facts("calls", dict)
+    with pytest.raises(StoreError, match="f: metadata 'bad' is not JSON"):
+        header.facts("bad", dict)
+
+
+# Writing.
+
+
+def listed(path: Path) -> list[str]:
+    return [name for name, _, _ in Files(path).names()]
+
+
+def live(path: Path) -> dict[str, Any]:
+    found = Files(path).json("live.json")
+    assert found is not None
+    return found
+
+
+def until(true: Callable[[], object], timeout_s: float = 10) -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Names (parts of) whose puts fail while they stand in the set."""
+    names: set[str] = set()
+    real = obstore.put
+
+    def put_or_fail(where: Any, name: str, *args: Any, **named: Any) -> Any:
+        if any(part in name for part in names):
+            raise OSError("No space left on device")
+        return real(where, name, *args, **named)
+
+    monkeypatch.setattr(obstore, "put", put_or_fail)
+    yield names
+
+
+def test_a_run_lies_as_the_format_says(tmp_path: Path) -> None:
+    writer = write(tmp_path / "run", [0, 100])
+    writer = write(tmp_path / "run", [0])
+    names = listed(tmp_path / "run")
+    step = r"a00\d/steps/\d{10}-r00000-of-00001-[0-9a-f]{8}\.safetensors"
+    assert [re.sub(step, "STEP", name) for name in names] == [
+        *("a000/attempt.json", "a000/probe.safetensors", "STEP", "STEP"),
+        *("a001/attempt.json", "a001/probe.safetensors", "STEP", "headscope.json", "live.json"),
+    ]
+    assert names == sorted(names)
+    assert writer.attempt == 1
+    run = Files(tmp_path / "run").json("headscope.json")
+    assert run is not None
+    assert run["format"] == 1
+    assert abs(run["created"] - time.time()) < 60
+    blob = Files(tmp_path / "run").get(names[3])
+    assert blob is not None
+    _, header = decode(blob)
+    metadata = header.metadata
+    assert {"headscope", "attempt", "step", "rank", "world", "layout", "time", "crc32c", "calls"} <= metadata.keys()
+    assert [metadata[name] for name in ("headscope", "attempt", "step", "rank", "world")] == ["1", "0", "100", "0", "1"]
+    assert metadata["layout"] in names[3]
+    assert abs(float(metadata["time"]) - time.time()) < 60
+    assert faults(blob, names[3]) == []
+    assert names[2].split("-")[-1] == names[3].split("-")[-1], "two steps of one shape have one layout"
+
+
+def test_close_says_how_it_ended_and_keeps_a_note(tmp_path: Path) -> None:
+    writer = write(tmp_path, [0], close=False)
+    assert writer.running
+    assert live(tmp_path)["state"] == "training"
+    writer.note("captures are off")
+    writer.close("failed")
+    assert not writer.running
+    found = live(tmp_path)
+    assert (found["state"], found["message"], found["step"], found["attempt"]) == ("failed", "captures are off", 0, 0)
+    assert (found["skipped"], found["interval_s"]) == (0, 2.0)
+    writer.close("ended", "too late")
+    assert live(tmp_path)["state"] == "failed"
+    write(tmp_path, [], close=False).close("stopped", "by hand")
+    found = live(tmp_path)
+    assert (found["state"], found["message"], found["attempt"], found["step"]) == ("stopped", "by hand", 1, None)
+
+
+def test_the_counter_grows_while_it_lives(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, {}, print, interval_s=0.01)
+    before = live(tmp_path)["counter"]
+    until(lambda: live(tmp_path)["counter"] > before)
+    writer.close()
+
+
+def test_writers_in_one_folder_claim_attempts_of_their_own(tmp_path: Path) -> None:
+    found: list[int] = []
+    start = threading.Barrier(6)
+
+    def one(number: int) -> None:
+        start.wait()
+        writer = Writer(tmp_path, {"number": number}, print)
+        put(writer, 0, seed=number)
+        writer.close()
+        facts = Files(tmp_path).json(f"a{writer.attempt:03d}/attempt.json")
+        assert facts == {"number": number}
+        found.append(writer.attempt)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(6))
+    assert sum("/steps/" in name for name in listed(tmp_path)) == 6
+
+
+def test_a_restart_overwrites_nothing(tmp_path: Path) -> None:
+    write(tmp_path, [0, 10])
+    before = {name: version for name, _, version in Files(tmp_path).names() if name != "live.json"}
+    write(tmp_path, [0, 10], seed=1)
+    after = {name: version for name, _, version in Files(tmp_path).names()}
+    assert before.items() <= after.items()
+    assert sum("/steps/" in name for name in after) == 4
+
+
+def test_a_folder_of_an_attempt_that_died_at_once_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "a004" / "steps").mkdir(parents=True)
+    (tmp_path / "a004" / "steps" / "x").write_text("")
+    assert write(tmp_path, []).attempt == 5
+
+
+def test_a_thousand_attempts_are_enough(tmp_path: Path) -> None:
+    (tmp_path / "a999").mkdir()
+    (tmp_path / "a999" / "attempt.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"has 1,000 attempts; choose another folder"):
+        Writer(tmp_path, {}, print)
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        StoreError, match=r"cannot write to '.*file': .*; choose a folder that can be written"
+    ) as problem:
+        Writer(tmp_path / "file", {}, print)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_step_that_cannot_be_put_is_said_once_and_counted(tmp_path: Path, broken: set[str]) -> None:
+    said: list[str] = []
+    writer = Writer(tmp_path, {}, said.append)
+    broken.add("/steps/")
+    for step in (0, 10, 20):
+        put(writer, step)
+        until(writer._queue.empty)
+    until(lambda: writer.skipped == 3)
+    broken.clear()
+    put(writer, 30)
+    writer.close()
+    assert said[0] == f"step 0 was not written to {tmp_path}: OSError: No space left on device"
+    assert len(said) == 1, "one line for each kind of problem"
+    assert [name[11:21] for name in listed(tmp_path) if "/steps/" in name] == ["0000000030"]
+    assert live(tmp_path)["skipped"] == 3
+    assert live(tmp_path)["state"] == "ended"
+
+
+def test_a_folder_replaced_by_a_file_kills_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    writer = Writer(tmp_path / "run", {}, said.append)
+    put(writer, 0)
+    until(lambda: any("/steps/" in name for name in listed(tmp_path / "run")))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").write_text("")
+    writer.log(1, {"loss": 1.0})
+    put(writer, 10)
+    writer.close()
+    assert not writer.running
+    assert any(line.startswith(f"step 10 was not written to {tmp_path / 'run'}: ") for line in said)
+    assert all("\n" not in line for line in said)
+    assert (tmp_path / "run").read_text() == ""
+
+
+def test_a_probe_that_cannot_be_put_is_said(tmp_path: Path, broken: set[str]) -> None:
+    said: list[str] = []
+    writer = Writer(tmp_path, {}, said.append)
+    broken.add("probe")
+    writer.put_probe(b"x")
+    writer.close()
+    assert said == [f"the probe was not written to {tmp_path}: No space left on device"]
+
+
+def test_an_error_while_finishing_is_said_and_counted(tmp_path: Path) -> None:
+    said: list[str] = []
+    writer = Writer(tmp_path, {}, said.append)
+
+    def finish(metadata: store.Json) -> tuple[store.Json, object]:
+        raise ZeroDivisionError("proof failed")
+
+    writer.submit(7, writer.image(), finish)
+    put(writer, 8)
+    writer.close()
+    assert said == [f"step 7 was not written to {tmp_path}: ZeroDivisionError: proof failed"]
+    assert live(tmp_path)["skipped"] == 1
+    assert [name[11:21] for name in listed(tmp_path) if "/steps/" in name] == ["0000000008"]
+
+
+def test_a_writer_that_is_behind_leaves_captures_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    writer = Writer(tmp_path, {}, said.append, patience_s=0.2)
+    go, began = threading.Event(), threading.Event()
+
+    def finish(metadata: store.Json) -> tuple[store.Json, object]:
+        began.set()
+        assert go.wait(20)
+        return metadata, None
+
+    writer.submit(0, writer.image(), finish)
+    assert began.wait(10)
+    for step in (1, 2):
+        assert writer.ready()
+        writer.submit(step, writer.image(), lambda metadata: (metadata, None))
+    start = time.monotonic()
+    assert not writer.ready()
+    waited = time.monotonic() - start
+    assert 0.2 <= waited < 2
+    start = time.monotonic()
+    assert not any(writer.ready() for _ in range(3))
+    assert time.monotonic() - start < 0.1, "it waits once, not at every step"
+    assert said == [f"writing to {tmp_path} is slower than training: captures are left out until it catches up"]
+    go.set()
+    until(writer.ready)
+    writer.submit(9, writer.image(), lambda metadata: (metadata, None))
+    writer.close()
+    found = [int(name[11:21]) for name in listed(tmp_path) if "/steps/" in name]
+    assert found == [0, 1, 2, 9]
+    assert live(tmp_path)["skipped"] >= 4
+
+
+def test_waiting_ends_as_soon_as_there_is_room(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, {}, print, patience_s=30)
+    go = threading.Event()
+    for step in range(3):
+        until(lambda: not writer._queue.full())
+        writer.submit(step, writer.image(), lambda metadata: ((go.wait(20) and metadata) or metadata, None))
+    until(writer._queue.full)
+    threading.Timer(0.1, go.set).start()
+    start = time.monotonic()
+    assert writer.ready()
+    assert time.monotonic() - start < 10
+    assert writer.skipped == 0
+    writer.close()
+
+
+def test_images_are_used_again(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, {}, print)
+    seen = set()
+    for step in range(8):
+        put(writer, step)
+        until(lambda: writer._free)
+        seen.add(id(writer._free[-1]))
+    assert len(seen) == 1
+    writer.close()
+
+
+def columns(path: Path, block: int) -> dict[str, Array]:
+    blob = Files(path).get(f"a000/timeline/r00000-{block:05d}.safetensors")
+    assert blob is not None
+    assert faults(blob, "block") == []
+    return decode(blob)[0]
+
+
+def test_the_time_line_has_256_rows_a_file(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, {}, print)
+    for step in range(600):
+        writer.log(step, {"loss": step / 2} if step % 3 else {"loss": step / 2, "lr": 0.5})
+        if step in (255, 256, 400):
+            until(lambda: not writer._dirty)
+    writer.close()
+    blocks = [columns(tmp_path, block) for block in range(3)]
+    assert [len(block["step"]) for block in blocks] == [256, 256, 88]
+    assert np.concatenate([block["step"] for block in blocks]).tolist() == list(range(600))
+    assert np.concatenate([block["loss"] for block in blocks]).tolist() == [step / 2 for step in range(600)]
+    rates = np.concatenate([block["lr"] for block in blocks])
+    assert np.array_equal(np.isnan(rates), np.arange(600) % 3 != 0)
+    assert blocks[0]["step"].dtype == np.int64
+    assert {blocks[0][name].dtype for name in ("time", "loss", "lr")} == {np.dtype(np.float64)}
+    assert (np.diff(np.concatenate([block["time"] for block in blocks])) >= 0).all()
+    assert len([name for name in listed(tmp_path) if "timeline" in name]) == 3
+
+
+def test_what_is_logged_at_one_step_is_one_row(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, {}, print)
+    writer.log(0, {"loss": 1})
+    writer.log(0, {"lr": 2})
+    writer.log(0, {"loss": 3})
+    writer.log(1, {"lr": 4})
+    writer.close()
+    found = columns(tmp_path, 0)
+    assert found["step"].tolist() == [0, 1]
+    assert found["lr"].tolist() == [2, 4]
+    assert found["loss"][0] == 3
+    assert np.isnan(found["loss"][1])
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_logged_values_survive_puts_that_fail(rows: int, tmp_path: Path, broken: set[str]) -> None:
+    said: list[str] = []
+    writer = Writer(tmp_path, {}, said.append)
+    broken.add("timeline")
+    for step in range(rows):
+        writer.log(step, {"loss": step})
+    until(lambda: said)
+    assert said == [f"the time line was not written to {tmp_path}: OSError: No space left on device"]
+    broken.clear()
+    until(lambda: any("timeline" in name for name in listed(tmp_path)))
+    writer.log(rows, {"loss": rows})
+    writer.close()
+    blocks = [columns(tmp_path, block) for block in range(1 + rows // 256)]
+    assert np.concatenate([block["loss"] for block in blocks]).tolist() == list(range(rows + 1))
+    assert live(tmp_path)["state"] == "ended"
+
+
+def test_the_time_line_is_written_without_steps(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, {}, print)
+    writer.log(3, {"loss": 1.5})
+    until(lambda: any("timeline" in name for name in listed(tmp_path)))
+    assert columns(tmp_path, 0)["loss"].tolist() == [1.5]
+    writer.close()
+
+
+AS_FAST_AS_IT_CAN = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from golden.synthetic import Call, put, examples
+from headscope.store import Writer
+writer = Writer(sys.argv[1], {}, print, interval_s=0.0)
+writer.put_probe(examples([64, 64], 64))
+print(writer.attempt, flush=True)
+step = 0
+while True:
+    put(writer, step, [Call(heads=4, kv_heads=4, dim=32)], tokens=64)
+    writer.log(step, {"loss": step})
+    step += 1
+"""
+
+
+def test_a_trainer_that_is_killed_leaves_whole_steps(tmp_path: Path) -> None:
+    delays = np.random.default_rng(0).uniform(0.0, 0.2, 10)
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    for attempt, delay_s in enumerate(delays):
+        command = [sys.executable, "-c", AS_FAST_AS_IT_CAN, str(tmp_path), here]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as trainer:
+            assert trainer.stdout is not None
+            assert trainer.stdout.readline() == f"{attempt}\n"
+            until(lambda a=attempt: any(f"a{a:03d}/steps/" in name for name in listed(tmp_path)))  # type: ignore[misc]
+            time.sleep(delay_s)
+            trainer.send_signal(signal.SIGKILL)
+    files = Files(tmp_path)
+    steps: dict[int, list[int]] = {}
+    for name, size, _ in files.names():
+        if name.endswith(".safetensors"):
+            blob = files.get(name)
+            assert blob is not None
+            assert len(blob) == size
+            assert faults(blob, name) == []
+        if part := StepFile.of(name, size):
+            steps.setdefault(part.attempt, []).append(part.step)
+    assert len(steps) == 10
+    assert all(found == list(range(len(found))) for found in steps.values()), "no step is missing in between"
+    assert sum(map(len, steps.values())) > 20
+    assert write(tmp_path, [0]).attempt == 10
