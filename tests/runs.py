@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from headscope.blob import encode
 from headscope.boundary import Call
 from headscope.record import Record
-from headscope.store import Writer, encode
+from headscope.store import Writer
 
 TOKENS = ["[CLS]", "a", "dull", "##ish", "film", "[SEP]", "[PAD]", "[PAD]"]
 

@@ -12,8 +12,8 @@ from golden import make
 from golden.synthetic import Call, examples, write
 from headscope import open_trial
 from headscope.answer import REPLY_BYTES, BadQuestion, answer, scalars
+from headscope.blob import decode, faults
 from headscope.errors import NoSuchName, NoSuchStep
-from headscope.store import decode, faults
 from headscope.trial import Trial
 
 Array = NDArray[Any]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from headscope.blob import decode
 from headscope.errors import HeadscopeError
 from headscope.server import _Sent, listen, make_app
-from headscope.store import decode
 from headscope.trial import Trial
 from runs import make, put_probe, put_step, writer
 

@@ -1,8 +1,6 @@
-import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -11,285 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import obstore
 import pytest
-import safetensors
-import safetensors.numpy
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
 from golden.synthetic import put, write
 from headscope import store
+from headscope.blob import Json, decode, encode, faults
 from headscope.errors import NoSuchName, StoreError
-from headscope.store import Files, Header, Image, StepFile, Writer, decode, encode, faults, parse_header
+from headscope.store import Files, StepFile, Writer
+from test_blob import every_dtype, same
 
 torch.set_num_threads(1)
 Array = NDArray[Any]
-
-
-def every_dtype() -> dict[str, Array]:
-    rng = np.random.default_rng(0)
-    tensors: dict[str, Array] = {}
-    for code, dtype in store.DTYPES.items():
-        tensors[f"probe/0/{code.lower()}.q"] = (rng.random((2, 3, 5)) * 4 - 1).astype(dtype)
-        tensors[f"probe/0/{code.lower()}.empty"] = np.zeros((2, 0, 3), dtype)
-        tensors[f"probe/0/{code.lower()}.number"] = np.array(1, dtype)
-    return tensors
-
-
-def same(one: Array, other: Array) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-
-
-def test_every_dtype_shape_and_string_comes_back() -> None:
-    tensors = every_dtype()
-    found, header = decode(encode(tensors, {"step": "7", "text": 'naïve "ü" \n'}))
-    assert found.keys() == tensors.keys()
-    assert all(same(found[key], tensors[key]) for key in tensors)
-    assert header.metadata["step"] == "7"
-    assert header.metadata["text"] == 'naïve "ü" \n'
-    assert header.facts("crc32c", dict) == {key: store.checksum(tensor) for key, tensor in tensors.items()}
-
-
-def test_no_tensor_at_all_comes_back() -> None:
-    found, header = decode(encode({}, {"facts": "{}"}))
-    assert found == {}
-    assert header.metadata["facts"] == "{}"
-
-
-def test_the_stock_package_opens_it(tmp_path: Path) -> None:
-    tensors = every_dtype()
-    blob = encode(tensors, {"step": "7"})
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(blob)
-    by_torch = safetensors.torch.load_file(path)
-    assert by_torch.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        wide = tensor.astype(np.float64)
-        assert by_torch[key].shape == tensor.shape
-        assert np.array_equal(by_torch[key].double().numpy(), wide), key
-    assert by_torch["probe/0/bf16.q"].dtype == torch.bfloat16
-    by_numpy = safetensors.numpy.load_file(path)
-    assert all(same(by_numpy[key], tensors[key]) for key in tensors if "bf16" not in key)
-    with safetensors.safe_open(path, "np") as opened:
-        assert opened.metadata()["step"] == "7"
-        assert json.loads(opened.metadata()["crc32c"]).keys() == tensors.keys()
-
-
-def test_what_the_stock_package_writes_is_read(tmp_path: Path) -> None:
-    tensors: dict[str, Array] = {
-        "probe/0/a.q": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "probe/0/b.k": np.ones(3, np.float16),
-    }
-    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors", {"step": "3"})
-    found, header = decode((tmp_path / "a.safetensors").read_bytes(), "a.safetensors")
-    assert all(same(found[key], tensors[key]) for key in tensors)
-    assert header.metadata == {"step": "3"}
-
-
-def test_bfloat16_by_torch_is_the_same_bits() -> None:
-    numbers = torch.randn(64, dtype=torch.bfloat16)
-    blob = encode({"q": np.array(numbers.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)}, {})
-    assert torch.equal(safetensors.torch.load(blob)["q"], numbers)
-
-
-def filled(image: Image, number: int, *, shape: tuple[int, ...] = (2, 3)) -> dict[str, Array]:
-    slots = {key: image.slot(key, np.dtype(dtype), shape) for key, dtype in (("b", "f2"), ("a", "f2"), ("c", "f4"))}
-    for index, slot in enumerate(slots.values()):
-        slot[...] = number + index
-    return slots
-
-
-def test_an_image_used_again_is_as_a_fresh_one_and_copies_nothing() -> None:
-    image = Image()
-    filled(image, 1)
-    image.seal({"step": "1"})
-    kept = {key: image[key] for key in "abc"}
-    for number in (2, 3):
-        image.again()
-        slots = filled(image, number)
-        assert all(slots[key] is kept[key] for key in kept)
-        blob = image.seal({"step": str(number)})
-        assert all(image[key] is kept[key] for key in kept), "sealing moved nothing"
-        where = np.frombuffer(blob, np.uint8)
-        assert all(np.shares_memory(where, kept[key]) for key in kept)
-        fresh = Image()
-        filled(fresh, number)
-        assert bytes(blob) == bytes(fresh.seal({"step": str(number)}))
-
-
-def test_an_image_used_again_with_other_slots_is_as_a_fresh_one() -> None:
-    image = Image()
-    filled(image, 1)
-    image.seal({})
-    for shape in ((4, 3), (2, 3), (1,)):
-        image.again()
-        filled(image, 5, shape=shape)
-        fresh = Image()
-        filled(fresh, 5, shape=shape)
-        assert bytes(image.seal({"n": "1"})) == bytes(fresh.seal({"n": "1"}))
-    image.again()
-    image.slot("a", np.dtype("f2"), (1,))[...] = 9
-    found, _ = decode(bytes(image.seal({})))
-    assert list(found) == ["a"], "what is not filled is not in the file"
-    assert found["a"] == 9
-
-
-def test_an_image_survives_a_longer_header() -> None:
-    image = Image()
-    filled(image, 1)
-    image.seal({})
-    image.again()
-    filled(image, 2)
-    blob = bytes(image.seal({"calls": "x" * 9000}))
-    found, header = decode(blob)
-    assert faults(blob, "f") == [f"f: tensor '{key}' carries no checksum" for key in "cab"]
-    assert [found[key][0, 0] for key in "bac"] == [2, 3, 4]
-    assert header.metadata["calls"] == "x" * 9000
-
-
-def test_slots_that_cannot_be_are_refused() -> None:
-    image = Image()
-    image.slot("a", np.dtype("f4"), (1,))
-    with pytest.raises(StoreError, match="tensor 'a' stands twice in one file"):
-        image.slot("a", np.dtype("f4"), (1,))
-    with pytest.raises(StoreError, match="tensor 'b' has dtype complex64, the format knows F64, F32, F16, BF16"):
-        image.slot("b", np.dtype("c8"), (1,))
-
-
-def test_data_begins_at_a_page_and_falls_in_item_size_then_key() -> None:
-    for metadata in ({}, {"a": "x" * 3400}, {"a": "x" * 3600}, {"a": "x" * 20000}):
-        blob = encode(every_dtype(), metadata)
-        length = struct.unpack("<Q", blob[:8])[0]
-        assert (8 + length) % 4096 == 0
-        header = parse_header(blob[: 8 + length], len(blob), "f")
-        assert blob[8 + length - 1 : 8 + length] == b" "
-        keys = sorted(header.entries, key=lambda key: (-header.entries[key].dtype.itemsize, key))
-        at = 8 + length
-        for key in keys:
-            assert header.entries[key].start == at, key
-            assert (at - 8 - length) % header.entries[key].dtype.itemsize == 0
-            at = header.entries[key].end
-        assert at == len(blob)
-
-
-def test_the_layout_is_the_same_only_for_the_same_shape_and_calls() -> None:
-    def layout(image: Image, calls: object, **metadata: str) -> str:
-        found = image.layout(metadata, calls)
-        image.seal(metadata)
-        return found
-
-    first, again = Image(), Image()
-    filled(first, 1)
-    one = layout(first, [{"scale": 1}], step="1")
-    assert re.fullmatch("[0-9a-f]{8}", one)
-    first.again()
-    filled(first, 2)
-    assert layout(first, [{"scale": 1}], step="2") == one
-    filled(again, 2)
-    assert layout(again, [{"scale": 1}], step="2") == one
-    assert layout(again, [{"scale": 2}], step="2") != one
-    other = Image()
-    filled(other, 1, shape=(3, 2))
-    assert layout(other, [{"scale": 1}], step="1") != one
-    longer = Image()
-    filled(longer, 1)
-    assert layout(longer, [{"scale": 1}], step="1", note="x" * 5000) != one
-    renamed = Image()
-    for key, dtype in (("b", "f2"), ("a", "f2"), ("d", "f4")):
-        renamed.slot(key, np.dtype(dtype), (2, 3))
-    assert layout(renamed, [{"scale": 1}], step="1") != one
-
-
-def test_one_flipped_bit_is_found() -> None:
-    tensors: dict[str, Array] = {"probe/0/a.q": np.arange(6, dtype=np.float32), "probe/0/b.k": np.ones(4, np.float16)}
-    blob = encode(tensors, {})
-    assert faults(blob, "f.safetensors") == []
-    _, header = decode(blob)
-    for key, entry in header.entries.items():
-        for at in (entry.start, entry.end - 1):
-            bad = bytearray(blob)
-            bad[at] ^= 16
-            assert faults(bytes(bad), "f.safetensors") == [
-                f"f.safetensors: tensor {key!r} from byte {entry.start} on does not match its checksum"
-            ]
-
-
-def test_a_tensor_without_a_checksum_is_a_fault() -> None:
-    blob = safetensors.numpy.save({"a": np.zeros(3)})
-    assert faults(blob, "f") == ["f: tensor 'a' carries no checksum"]
-    assert faults(safetensors.numpy.save({"a": np.zeros(3)}, {"crc32c": "[]"}), "f") == [
-        "f: metadata 'crc32c' is list, not dict"
-    ]
-    assert (
-        "f: metadata 'crc32c' is not JSON"
-        in faults(safetensors.numpy.save({"a": np.zeros(3)}, {"crc32c": "{"}), "f")[0]
-    )
-
-
-def forged(header: str | bytes, data: int = 8) -> bytes:
-    raw = header if isinstance(header, bytes) else header.encode()
-    return struct.pack("<Q", len(raw)) + raw + bytes(data)
-
-
-def one_tensor(dtype: str = '"U8"', shape: str = "[8]", offsets: str = "[0,8]", key: str = "a") -> bytes:
-    return forged(f'{{"{key}":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}')
-
-
-GOOD = encode({"a": np.arange(8, dtype=np.uint8)}, {})
-TWO = '{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[%d,%d]}}'
-DAMAGED = {
-    "truncated": (GOOD[:-1], "the file has 4103 bytes, its header promises 4104; it is damaged or unfinished"),
-    "extended": (GOOD + b"\0", "the file has 4105 bytes, its header promises 4104; it is damaged or unfinished"),
-    "empty": (b"", "0 bytes are too few for a safetensors file; it is damaged or unfinished"),
-    "seven bytes": (GOOD[:7], "7 bytes are too few for a safetensors file"),
-    "zero-filled": (bytes(len(GOOD)), "the header, bytes 8 to 8, is not JSON as it should be"),
-    "half a header": (GOOD[:2000], "byte 0 promises a header of 4088 bytes, the file has 2000; it is damaged"),
-    "huge length": (b"\xff" * 8 + GOOD[8:], "byte 0 promises a header of 18446744073709551615 bytes"),
-    "overlap": (forged(TWO % (3, 7)), "tensor 'b' begins at byte 116, but 117 is where the one before ends"),
-    "hole": (forged(TWO % (5, 9), 9), "tensor 'b' begins at byte 118, but 117 is where the one before ends"),
-    "hole before": (one_tensor(shape="[7]", offsets="[1,8]"), "tensor 'a' begins at byte"),
-    "negative offset": (one_tensor(offsets="[-8,0]"), "tensor 'a' of shape (8,) does not fit its bytes -8 to 0"),
-    "negative shape": (one_tensor(shape="[-2,-4]"), "tensor 'a' of shape (-2, -4) does not fit its bytes 0 to 8"),
-    "shape too large": (one_tensor(shape="[9]"), "tensor 'a' of shape (9,) does not fit its bytes 0 to 8"),
-    "huge shape": (one_tensor(shape=f"[{2**62},4]"), "does not fit its bytes 0 to 8"),
-    "shape of floats": (one_tensor(shape="[8.0]"), "tensor 'a' of shape (8.0,) does not fit its bytes 0 to 8"),
-    "shape of truth": (one_tensor(shape="[8,true]"), "tensor 'a' of shape (8, True) does not fit"),
-    "shape a string": (one_tensor(shape='"8"'), "does not fit its bytes 0 to 8"),
-    "unknown dtype": (one_tensor(dtype='"F8_E4M3"'), "tensor 'a' is described by {'dtype': 'F8_E4M3'"),
-    "dtype a list": (one_tensor(dtype="[]"), "want a known dtype, shape and data_offsets"),
-    "three offsets": (one_tensor(offsets="[0,8,9]"), "want a known dtype, shape and data_offsets"),
-    "entry a number": (forged('{"a":1}'), "tensor 'a' is described by 1; want a known dtype, shape and data_offsets"),
-    "key twice": (
-        forged(
-            '{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}'
-        ),
-        "is not JSON as it should be: a key stands twice",
-    ),
-    "name with ..": (one_tensor(key="probe/../a"), "tensor 'probe/../a' of shape (8,) does not fit"),
-    "name from the root": (one_tensor(key="/etc/a"), "tensor '/etc/a' of shape (8,) does not fit"),
-    "name with a newline": (one_tensor(key="a\\n"), "tensor 'a\\n' of shape (8,) does not fit"),
-    "a list": (forged("[]", 0), "the header at byte 8 is list, not an object"),
-    "not text": (forged(b"\xff\xfe\x00{"), "is not JSON as it should be"),
-    "deep": (forged("[" * 100_000), "is not JSON as it should be"),
-    "metadata a number": (forged('{"__metadata__":{"step":1}}', 0), "__metadata__ must hold strings only"),
-    "metadata a list": (forged('{"__metadata__":[]}', 0), "__metadata__ must hold strings only"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_a_store_error_that_names_it(kind: str, tmp_path: Path) -> None:
-    blob, message = DAMAGED[kind]
-    with pytest.raises(StoreError, match=re.escape(message)) as problem:
-        decode(blob, "a000/x.safetensors")
-    assert str(problem.value).startswith("a000/x.safetensors: ")
-    assert faults(blob, "a000/x.safetensors") == [str(problem.value)]
-    (tmp_path / "x.safetensors").write_bytes(blob)
-    with pytest.raises(StoreError, match=re.escape(message)):
-        Files(tmp_path).header("x.safetensors", len(blob))
 
 
 def test_a_header_larger_than_one_read_is_read(tmp_path: Path) -> None:
@@ -370,19 +104,6 @@ def test_names_tell_what_a_file_is() -> None:
     assert StepFile.of(name.replace("steps", "timeline"), 9) is None
     assert store.block_of("a003/timeline/r00001-00002.safetensors") == (3, 1, 2)
     assert store.block_of(name) is None
-
-
-def test_metadata_that_is_not_what_it_should_be() -> None:
-    header = Header("f", {}, {"calls": "[1]", "bad": "{"}, 0)
-    assert header.facts("calls", list) == [1]
-    assert header.facts("none", dict) == {}
-    with pytest.raises(StoreError, match="f: metadata 'calls' is list, not dict"):
-        header.facts("calls", dict)
-    with pytest.raises(StoreError, match="f: metadata 'bad' is not JSON"):
-        header.facts("bad", dict)
-
-
-# Writing.
 
 
 def listed(path: Path) -> list[str]:
@@ -568,7 +289,7 @@ def test_an_error_while_finishing_is_said_and_counted(tmp_path: Path) -> None:
     said: list[str] = []
     writer = Writer(tmp_path, {}, said.append)
 
-    def finish(metadata: store.Json) -> tuple[store.Json, object]:
+    def finish(metadata: Json) -> tuple[Json, object]:
         raise ZeroDivisionError("proof failed")
 
     writer.submit(7, writer.image(), finish)
@@ -584,7 +305,7 @@ def test_a_writer_that_is_behind_leaves_captures_out(tmp_path: Path) -> None:
     writer = Writer(tmp_path, {}, said.append, patience_s=0.2)
     go, began = threading.Event(), threading.Event()
 
-    def finish(metadata: store.Json) -> tuple[store.Json, object]:
+    def finish(metadata: Json) -> tuple[Json, object]:
         began.set()
         assert go.wait(20)
         return metadata, None

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from golden.synthetic import BF16, Call, examples, put, write
 from headscope import attention, open_trial, trial
 from headscope.errors import HeadscopeWarning, NoSuchName, NoSuchStep, StoreError, TrainerGone
+from headscope.facts import Check, Layer, State
 from headscope.store import Files
-from headscope.trial import Check, Layer, State, Trial
+from headscope.trial import Trial
 
 Array = NDArray[Any]
 BOTH = [Call("layer.0"), Call("layer.1", heads=4, kv_heads=2, causal=True)]

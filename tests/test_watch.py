@@ -761,7 +761,7 @@ def test_masks_are_written_once_and_outputs_beside(tmp_path: Path) -> None:
 
 
 def test_a_call_with_dropout_is_not_checked() -> None:
-    from headscope.store import Image
+    from headscope.blob import Image
 
     q = torch.randn(2, 2, 4, 8)
     call = Call(path="a", call=0, route="sdpa", q=q, k=q, v=q, output=q, scale=1.0, dropout=0.1)
@@ -778,7 +778,7 @@ def test_a_call_with_dropout_is_not_checked() -> None:
 
 
 def test_a_call_that_is_wrong_fails_its_check() -> None:
-    from headscope.store import Image
+    from headscope.blob import Image
 
     q, k, v = (torch.randn(2, 2, 4, 8) for _ in range(3))
     output = torch.nn.functional.scaled_dot_product_attention(q, k, v)

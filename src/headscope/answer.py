@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import attention
+from .blob import Array, Json, encode
 from .errors import HeadscopeError, NoSuchName
-from .store import Json, encode
-from .trial import Check, Example, Layer, Trial
-
-Array = NDArray[Any]
+from .facts import Check, Example, Layer
+from .trial import Trial
 
 REPLY_BYTES = 1 << 20
 _HEADER_ROOM = 64 << 10

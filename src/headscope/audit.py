@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from . import attention
+from .blob import Array, Header, Json, decode, faults
 from .errors import NoSuchName, StoreError
-from .store import Array, Files, Header, Json, StepFile, decode, faults
-from .trial import Layer
+from .facts import Layer
+from .store import Files, StepFile
 
 
 @dataclass

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from . import __version__
 from .audit import audit
+from .blob import Json
 from .errors import HeadscopeError, Missing, NoSuchName, shorten
-from .store import Files, Json
+from .store import Files
 from .trial import Trial, open_trial
 
 

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from .errors import HeadscopeError, NotSupported
-from .trial import Example as Watched
+from .facts import Example as Watched
 from .trial import Trial, open_trial
 from .watch import watch
 

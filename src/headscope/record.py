@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import attention
+from .blob import Array, Image, Json
 from .boundary import Call
-from .store import Image, Json
-
-Array = NDArray[Any]
 
 _FP16_LARGEST = 65504.0
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {

@@ -26,8 +26,8 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Route
 
 from .answer import BadQuestion, answer, scalars, state
+from .blob import Json
 from .errors import HeadscopeError
-from .store import Json
 from .trial import Trial
 
 BUNDLE = Path(__file__).parent / "static" / "headscope.js"

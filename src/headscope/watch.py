@@ -23,11 +23,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from .blob import Json, encode
 from .boundary import Call
 from .capture import Pass, Probe, device_of, run, unwrap
 from .errors import HeadscopeError, HeadscopeWarning, shorten
 from .record import Record
-from .store import Json, Writer, encode
+from .store import Writer
 
 _KEPT = {"float16": torch.float16, "float32": torch.float32}
 _SCALAR = re.compile(r"[A-Za-z][\w./ -]*")

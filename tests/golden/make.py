@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from golden.synthetic import Call, examples, put, write
 from headscope import open_trial
 from headscope.answer import answer
-from headscope.store import Json, decode, encode
+from headscope.blob import Json, decode, encode
 
 HERE = Path(__file__).parent
 CALLS = [

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headscope import attention
-from headscope.store import Image, Json, Writer, encode
+from headscope.blob import Image, Json, encode
+from headscope.store import Writer
 
 Array = NDArray[Any]
 BF16 = np.dtype(ml_dtypes.bfloat16)
