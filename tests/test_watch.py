@@ -792,3 +792,25 @@ def test_a_call_that_is_wrong_fails_its_check() -> None:
             assert (check["example"], check["limit"]) == (1, limit)
             assert (check["error"] <= limit) == passes == (not record.failed())
             assert exact == ({"a"} if not passes and keep == torch.float16 else set())
+
+
+def test_training_that_goes_on_from_a_checkpoint_keeps_its_numbers(tmp_path: Path) -> None:
+    model = models.bert()
+    with watch(model, tmp_path, probe=probe(), every=2, start_step=10) as watched:
+        train(model, 3)
+        watched.log(loss=1.0)
+    trial = open_trial(tmp_path)
+    assert trial.steps() == [10, 12, 13]
+    assert list(trial.scalars()["loss"][0]) == [13]
+    with pytest.raises(HeadscopeError, match="start_step must be a whole number from 0 on, not -1"):
+        watch(model, tmp_path, start_step=-1)
+
+
+def test_a_loop_that_counts_its_steps_itself(tmp_path: Path) -> None:
+    model = models.bert()
+    with watch(model, tmp_path, probe=probe(), every=5) as watched:
+        watched.step(0)
+        for number in (4, 5, 5, 10):
+            train(model, 1)
+            watched.step(number)
+    assert open_trial(tmp_path).steps() == [0, 5, 10]

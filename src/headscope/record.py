@@ -7,7 +7,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import attention

@@ -44,6 +44,7 @@ def watch(
     every: int = 50,
     dtype: str | torch.dtype | None = None,
     optimizer: Optimizer | None = None,
+    start_step: int = 0,
 ) -> Watch:
     """Watches a model's attention while it trains; use it in a `with` around any PyTorch loop.
 
@@ -61,6 +62,7 @@ def watch(
         dtype: how a float32 model's q and k are kept: "float16" (the default; weights off by 1e-3 or so) or "float32"
             (exactly). A 16-bit model's are kept as they are.
         optimizer: whose steps count; without it, the first that steps parameters of the model.
+        start_step: the optimiser step at which training begins, when it goes on from a checkpoint.
 
     Raises:
         HeadscopeError: an argument is not usable; said before training begins.
@@ -75,7 +77,16 @@ def watch(
                 optimizer.zero_grad()
                 watch.log(loss=loss)
     """
-    return Watch(model, out, probe=probe, tokenizer=tokenizer, every=every, dtype=dtype, optimizer=optimizer)
+    return Watch(
+        model,
+        out,
+        probe=probe,
+        tokenizer=tokenizer,
+        every=every,
+        dtype=dtype,
+        optimizer=optimizer,
+        start_step=start_step,
+    )
 
 
 class Watch:
@@ -91,11 +102,14 @@ class Watch:
         every: int,
         dtype: str | torch.dtype | None,
         optimizer: Optimizer | None,
+        start_step: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise HeadscopeError(f"cannot watch a {type(model).__name__}; pass the torch.nn.Module that is trained")
         if type(every) is not int or every < 1:
             raise HeadscopeError(f"every must be a whole number of optimiser steps from 1 on, not {every!r}")
+        if type(start_step) is not int or start_step < 0:
+            raise HeadscopeError(f"start_step must be a whole number from 0 on, not {start_step!r}")
         name = str(dtype or "float16").removeprefix("torch.")
         if name not in _KEPT:
             raise HeadscopeError(
@@ -115,7 +129,7 @@ class Watch:
         self._probe = None if probe is None else Probe.of(probe, tokenizer, self._model)
         self._exact: set[str] = set()
         self._forwards = {"train": 0, "eval": 0}
-        self._step = 0
+        self._step = self._start = start_step
         self._captured = -1
         self._captures = 0
         self._autocast: tuple[str, torch.dtype] | None = None
@@ -168,16 +182,14 @@ class Watch:
         if self._writer is None or not self._writer.running:
             return
         atexit.unregister(self._at_exit)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._unhook()
         if state == "ended" and self._step > self._captured:
             self._capture()
         if not self._forwards["train"] + self._forwards["eval"]:
             self._say(
                 f"nothing was watched: the forward of {type(self._model).__name__} was never called within the watch"
             )
-        elif not self._step:
+        elif self._step == self._start:
             self._say(
                 "no optimiser step was seen: pass optimizer= if it does not train this model's own parameters, or call "
                 "watch.step() after each step"
@@ -190,10 +202,27 @@ class Watch:
     def _at_exit(self) -> None:
         self.close("stopped", f"the process ended at step {self._step} without leaving the watch")
 
-    def step(self) -> None:
-        """Says that an optimiser step was made; only for loops whose optimiser is not a `torch.optim.Optimizer`."""
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def step(self, step: int | None = None) -> None:
+        """Says that an optimiser step was made; from then on optimisers are not listened to.
+
+        For loops whose optimiser is not a `torch.optim.Optimizer`, or which count their steps themselves.
+
+        Args:
+            step: its number; one more than the last, if None.
+        """
         self._running()
-        self._advance()
+        with self._guarded("step", turn_off=False):
+            for handle in self._handles[1:]:
+                handle.remove()
+            del self._handles[1:]
+            number = self._step + 1 if step is None else int(step)
+            if number > self._step:
+                self._advance(number)
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Puts numbers on the time line, at the present step.
@@ -249,10 +278,10 @@ class Watch:
                 else:
                     self._foreign.add(optimizer)
         if optimizer is self._optimizer:
-            self._advance()
+            self._advance(self._step + 1)
 
-    def _advance(self) -> None:
-        self._step += 1
+    def _advance(self, step: int) -> None:
+        self._step = step
         if self._step % self.every == 0:
             self._capture()
 
