@@ -68,11 +68,11 @@ def test_trial(tmp_path: Path) -> None:
     assert facts == {
         "name": str(tmp_path),
         "attempt": 0,
-        "state": {"state": "ended", "step": 100, "alive": False, "message": "", "skipped": 0},
+        "state": {"state": "ended", "step": 100, "alive": False, "message": "", "skipped": 0, "thinned": 0},
         "steps": [0, 50, 100],
         "layers": [
-            {"path": "a", "call": 0, "heads": 4, "kv_heads": 2, "route": "sdpa"},
-            {"path": "b", "call": 0, "heads": 2, "kv_heads": 2, "route": "sdpa"},
+            {"path": "a", "call": 0, "heads": 4, "kv_heads": 2, "kept": None, "route": "sdpa"},
+            {"path": "b", "call": 0, "heads": 2, "kv_heads": 2, "kept": None, "route": "sdpa"},
         ],
         "examples": [
             {
@@ -300,7 +300,7 @@ def test_what_the_run_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(NoSuchName, match=r"^no example 2 in .*; its probe has 2$"):
         answer(trial, {**LINES, "example": 2})
     for head in (4, -1):
-        with pytest.raises(NoSuchName, match=rf"^no head {head} in a; it has heads 0 to 3$"):
+        with pytest.raises(NoSuchName, match=rf"^no head {head} in a; the run has its heads 0, 1, 2, 3$"):
             answer(trial, {**LINES, "heads": [0, head]})
     with pytest.raises(NoSuchName, match=r"^no examples in .* yet; the first step brings them$"):
         answer(open_trial(tmp_path / "later"), {"ask": "first_look", "step": 0})

@@ -144,7 +144,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         f"no 'layer.0.q' of mode 'train', batch 3, at step 10 of {tmp_path / 'run'}; "
         f"that step has it as mode 'probe' batch 0"
     )
-    with pytest.raises(NoSuchName, match=r"no head 2 in layer.0; it has heads 0 to 1"):
+    with pytest.raises(NoSuchName, match=r"no head 2 in layer.0; the run has its heads 0, 1"):
         run.weights(0, run.layers(0)[0], row=0, heads=[0, 2])
     with pytest.raises(NoSuchStep, match=r"it has none\. trial.wait\(step=3\)"):
         open_trial(tmp_path / "nothing").entries(3)
@@ -602,7 +602,7 @@ def test_a_damaged_probe_of_an_older_attempt_hides_nothing(tmp_path: Path) -> No
 def test_calls_that_are_described_wrongly_are_a_store_error() -> None:
     raw = {"path": "a", "call": 0, "mode": "probe", "batch": 0, "route": "sdpa", "heads": 2, "kv_heads": 2}
     raw |= {"scale": 1, "causal": False, "offset": 0, "window": None, "softcap": None, "mask": None, "bias": None}
-    raw |= {"sinks": False, "dropout": 0.0, "dtype": "float32"}
+    raw |= {"sinks": False, "dropout": 0.0, "dtype": "float32", "kept": None}
     layer = Layer.of(raw, "f")
     assert layer.check == Check()
     assert layer.check.passed

@@ -11,32 +11,28 @@ from .errors import (
     Missing,
     NoSuchName,
     NoSuchStep,
-    NotSupported,
     StoreError,
     TrainerGone,
 )
 
 if TYPE_CHECKING:
     from .trial import Trial, open_trial
-    from .watch import Watch, watch
+    from .watch import watch
 
 __version__ = "0.1.0"
 __all__ = [
     "HeadscopeError",
     "HeadscopeWarning",
-    "Missing",
     "NoSuchName",
     "NoSuchStep",
-    "NotSupported",
     "StoreError",
     "TrainerGone",
     "Trial",
-    "Watch",
     "open_trial",
     "watch",
 ]
 
-_HOMES = {"Trial": ".trial", "open_trial": ".trial", "Watch": ".watch", "watch": ".watch"}
+_HOMES = {"Trial": ".trial", "open_trial": ".trial", "watch": ".watch"}
 
 
 def __getattr__(name: str) -> Any:
@@ -55,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """This package. Importing its module `watch` must not put that in the place of the function `watch`."""
+    """This package. Importing its module `watch` must not put that in the place of what users call `watch`."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOMES or not isinstance(value, ModuleType):

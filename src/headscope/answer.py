@@ -56,7 +56,7 @@ def _trial(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
         "attempt": trial.attempt or 0,
         "state": state(trial),
         "steps": steps,
-        "layers": [{k: getattr(x, k) for k in ("path", "call", "heads", "kv_heads", "route")} for x in layers],
+        "layers": [{k: getattr(x, k) for k in ("path", "call", "heads", "kv_heads", "kept", "route")} for x in layers],
         "examples": [
             {"text": e.text, "tokens": list(e.tokens), "special": list(e.special), "label": e.label}
             for e in trial.examples()
@@ -70,7 +70,7 @@ def _trial(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
 def state(trial: Trial) -> Json:
     """How the trainer is doing, as a view shows it."""
     now = trial.state()
-    return {k: getattr(now, k) for k in ("state", "step", "age_s", "alive", "message", "skipped")}
+    return {k: getattr(now, k) for k in ("state", "step", "age_s", "alive", "message", "skipped", "thinned")}
 
 
 def scalars(trial: Trial, after: Mapping[str, int] | None = None) -> Json:
@@ -185,7 +185,7 @@ def _first_look(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[s
     best: Json = {"layer": 0, "head": 0, "example": 0, "change": 0.0}
     start = steps[0]
     for index, (now, then) in enumerate(zip(trial.layers(step), trial.layers(start), strict=False)):
-        if not now.check.passed or not then.check.passed or now.heads != then.heads:
+        if not now.check.passed or not then.check.passed or now.numbers != then.numbers:
             continue
         for example in examples[:8]:
             if example.batch != now.batch:
@@ -196,5 +196,10 @@ def _first_look(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[s
             change = np.abs(pair[0] - pair[1]).mean(axis=(1, 2))
             head = int(change.argmax())
             if change[head] > best["change"]:
-                best = {"layer": index, "head": head, "example": example.index, "change": float(change[head])}
+                best = {
+                    "layer": index,
+                    "head": now.numbers[head],
+                    "example": example.index,
+                    "change": float(change[head]),
+                }
     return best, {}

@@ -12,7 +12,8 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -41,8 +42,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PAGE = 4096
 _SLACK = 512
-_LARGEST_HEADER = 100_000_000
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f]|(^|/)\.\.(/|$)|^/")
+_LARGEST_HEADER = 32 << 20
+_MOST_AXES = 32
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|(^|/)\.\.(/|$)|^/")
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+# The header's own checksum stands where a reader finds it without parsing a byte.
+_SEAL = b'{"__metadata__":{"header":"'
+_UNSEALED = b"0" * 8
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds."""
+    """What a safetensors file holds.
+
+    `start` is where the data begins; `sealed`: the header carries a checksum, and it is right; `tail` is the header's
+    text after the metadata, the same for all files of a layout.
+    """
 
     name: str
     entries: dict[str, Entry]
     metadata: dict[str, str]
     size: int
+    start: int = 0
+    sealed: bool = False
+    tail: str = field(default="", repr=False)
+
+    @cached_property
+    def sums(self) -> Json:
+        """The checksum of each tensor that has one."""
+        return self.facts("crc32c", dict)
 
     def facts(self, key: str, kind: type[T]) -> T:
         """A metadata entry that is JSON, decoded; an empty one of that kind if there is none.
@@ -71,7 +89,7 @@ class Header:
             StoreError: it is not JSON, or of another kind.
         """
         try:
-            found = json.loads(self.metadata[key]) if key in self.metadata else kind()
+            found = loads(self.metadata[key]) if key in self.metadata else kind()
         except (ValueError, RecursionError) as problem:
             raise StoreError(f"{self.name}: metadata {key!r} is not JSON: {problem}") from None
         if not isinstance(found, kind):
@@ -79,40 +97,81 @@ class Header:
         return found
 
 
-def parse_header(head: bytes, size: int, name: str) -> Header:
-    """The header of a safetensors file, checked against the file's size.
+def loads(text: str | bytes) -> Any:
+    """JSON, strictly: no key twice, no NaN, no half of a surrogate pair (a question mark instead).
+
+    Raises:
+        ValueError, RecursionError: it is not.
+    """
+    if isinstance(text, bytes):
+        text = text.decode()
+    found = json.loads(text, object_pairs_hook=_no_twice, parse_constant=_no_constant)
+    if _HALF_A_PAIR.search(text):
+        found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+    return found
+
+
+def parse_header(head: bytes, size: int, name: str, like: Header | None = None) -> Header:
+    """The header of a safetensors file, checked against its own checksum and the file's size.
 
     Args:
         head: at least the first 8 bytes and the header.
         size: of the whole file in bytes.
         name: of the file, for messages.
+        like: of another file of the same layout; only the metadata is parsed then.
 
     Raises:
         StoreError: anything that the format does not allow; the message names file and byte.
     """
     length = header_length(head, size, name)
+    raw = head[8 : 8 + length]
+    sealed = raw.startswith(_SEAL)
+    at = len(_SEAL)
+    if sealed and raw[at : at + 8] != f"{_sum_of_header(raw):08x}".encode():
+        raise StoreError(f"{name}: the header, bytes 8 to {8 + length}, does not match its checksum; it is damaged")
     try:
-        raw = json.loads(head[8 : 8 + length], object_pairs_hook=_no_twice)
+        text = raw.decode()
+        # After `{"__metadata__":`, where the seal says that the metadata is.
+        end = _DECODER.raw_decode(text, at - 11)[1] if sealed else 0
+        tail = text[end:].rstrip(" ")
+        if like is not None and like.sealed and sealed:
+            if tail != like.tail or 8 + length != like.start:
+                raise StoreError(f"{name}: its tensors are not those of {like.name}, which has the same layout id")
+            metadata, entries = _DECODER.raw_decode(text, at - 11)[0], like.entries
+        else:
+            metadata, entries = _parsed(text, 8 + length, name)
     except (ValueError, RecursionError) as problem:
         raise StoreError(
             f"{name}: the header, bytes 8 to {8 + length}, is not JSON as it should be: {problem}"
         ) from None
-    if not isinstance(raw, dict):
-        raise StoreError(f"{name}: the header at byte 8 is {type(raw).__name__}, not an object")
-    metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise StoreError(f"{name}: __metadata__ must hold strings only")
-    entries = {key: _entry(key, raw[key], 8 + length, name) for key in raw}
     at = 8 + length
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+    for key, entry in entries.items() if like is None else ():
         if entry.start != at:
             raise StoreError(
                 f"{name}: tensor {key!r} begins at byte {entry.start}, but {at} is where the one before ends"
             )
         at = entry.end
+    at = max((entry.end for entry in entries.values()), default=at)
     if at != size:
         raise StoreError(f"{name}: the file has {size} bytes, its header promises {at}; it is damaged or unfinished")
-    return Header(name, entries, metadata, size)
+    return Header(name, entries, metadata, size, 8 + length, sealed, tail)
+
+
+def _parsed(text: str, base: int, name: str) -> tuple[Any, dict[str, Entry]]:
+    raw = loads(text)
+    if not isinstance(raw, dict):
+        raise StoreError(f"{name}: the header at byte 8 is {type(raw).__name__}, not an object")
+    metadata = raw.pop("__metadata__", {})
+    entries = {key: _entry(key, raw[key], base, name) for key in raw}
+    return metadata, dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+
+
+def _sum_of_header(raw: bytes) -> int:
+    """crc32c of a header with its own digits as zeros."""
+    at = len(_SEAL)
+    return int(crc32c(raw[at + 8 :], crc32c(raw[:at] + _UNSEALED)))
 
 
 def header_length(head: bytes, size: int, name: str) -> int:
@@ -132,6 +191,13 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> Json:
     return found
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_twice, parse_constant=_no_constant)
+
+
 def _entry(key: str, raw: Any, base: int, name: str) -> Entry:
     try:
         dtype = DTYPES[raw["dtype"]]
@@ -139,10 +205,13 @@ def _entry(key: str, raw: Any, base: int, name: str) -> Entry:
         start, end = raw["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise StoreError(
-            f"{name}: tensor {key!r} is described by {raw!r}; want a known dtype, shape and data_offsets"
+            f"{name}: tensor {key!r} is described by {repr(raw)[:200]}; want a known dtype, shape and data_offsets"
         ) from None
+    if len(shape) > _MOST_AXES:
+        raise StoreError(f"{name}: tensor {key!r} has {len(shape)} axes, at most {_MOST_AXES} are allowed")
     whole = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, end))
-    if _UNSAFE.search(key) or not whole or end - start != _count(shape) * dtype.itemsize:
+    fits = whole and end - start == _count(shape) * dtype.itemsize and _count(n or 1 for n in shape) < 2**56
+    if _UNSAFE.search(key) or not fits:
         raise StoreError(f"{name}: tensor {key!r} of shape {shape} does not fit its bytes {start} to {end}")
     return Entry(dtype, shape, base + start, base + end)
 
@@ -165,22 +234,46 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
 def decode(blob: bytes, name: str = "blob") -> tuple[dict[str, Array], Header]:
     """The tensors of a safetensors blob and its header."""
     header = parse_header(blob[: 8 + header_length(blob[:8], len(blob), name)], len(blob), name)
-    return {key: array_of(blob[e.start : e.end], e.dtype, e.shape) for key, e in header.entries.items()}, header
+    found = {key: array_of(blob[e.start : e.end], e.dtype, e.shape, name) for key, e in header.entries.items()}
+    return found, header
+
+
+def decode_sound(blob: bytes, name: str) -> tuple[dict[str, Array], Header]:
+    """As `decode`, with every checksum that it carries checked.
+
+    Raises:
+        StoreError: one does not match.
+    """
+    found, header = decode(blob, name)
+    for key, tensor in found.items():
+        verify(tensor, key, header)
+    return found, header
+
+
+def verify(tensor: Array, key: str, header: Header) -> None:
+    """Refuses a whole tensor that does not match the checksum which its file carries for it.
+
+    Raises:
+        StoreError: it does not.
+    """
+    if header.sums.get(key, "") not in ("", checksum(tensor)):
+        raise StoreError(mismatch(key, header))
+
+
+def mismatch(key: str, header: Header) -> str:
+    """What to say of a tensor that does not match its checksum."""
+    return f"{header.name}: tensor {key!r} from byte {header.entries[key].start} on does not match its checksum"
 
 
 def faults(blob: bytes, name: str) -> list[str]:
     """What is wrong with a whole file: its structure, and every checksum that it carries."""
     try:
         tensors, header = decode(blob, name)
-        sums = header.facts("crc32c", dict)
+        sums = header.sums
     except StoreError as problem:
         return [str(problem)]
     missing = [f"{name}: tensor {key!r} carries no checksum" for key in tensors if key not in sums]
-    wrong = [
-        f"{name}: tensor {key!r} from byte {header.entries[key].start} on does not match its checksum"
-        for key, tensor in tensors.items()
-        if key in sums and sums[key] != checksum(tensor)
-    ]
+    wrong = [mismatch(key, header) for key, t in tensors.items() if key in sums and sums[key] != checksum(t)]
     return missing + wrong
 
 
@@ -189,8 +282,15 @@ def checksum(tensor: Array) -> str:
     return f"{crc32c(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data):08x}"
 
 
-def array_of(raw: Any, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
-    """The bytes as an array, not copied."""
+def array_of(raw: Any, dtype: np.dtype[Any], shape: Sequence[int], name: str = "blob") -> Array:
+    """The bytes as an array, not copied.
+
+    Raises:
+        StoreError: a truth value is neither 0 nor 1.
+    """
+    # numpy takes any byte for a truth value, and then computes with its bits.
+    if dtype == np.bool_ and len(raw) and np.frombuffer(raw, np.uint8).max() > 1:
+        raise StoreError(f"{name}: a BOOL tensor holds bytes other than 0 and 1; it is damaged")
     return np.frombuffer(raw, dtype).reshape(tuple(shape))
 
 
@@ -246,6 +346,10 @@ class Image:
             self._header_size = max(needed, self._header_size)
             self._rebuild(entries, size)
         header = _header_bytes(metadata, entries).ljust(self._header_size - 8)
+        if len(header) > _LARGEST_HEADER:
+            raise StoreError(f"a header of {len(header)} bytes is longer than the {_LARGEST_HEADER} that readers take")
+        at = len(_SEAL)
+        header = header[:at] + f"{_sum_of_header(header):08x}".encode() + header[at + 8 :]
         self._buffer[: self._header_size] = struct.pack("<Q", len(header)) + header
         return memoryview(self._buffer)
 
@@ -279,5 +383,6 @@ class Image:
 
 
 def _header_bytes(metadata: Mapping[str, str], entries: Json) -> bytes:
-    whole = {"__metadata__": dict(metadata), **entries}
+    strings = {"header": _UNSEALED.decode(), **{key: value for key, value in metadata.items() if key != "header"}}
+    whole = {"__metadata__": strings, **entries}
     return json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()

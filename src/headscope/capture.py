@@ -173,11 +173,19 @@ class Probe:
     special: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, probe: Any, tokenizer: Any = None, model: nn.Module | None = None) -> Probe:
+    def of(
+        cls,
+        probe: Any,
+        tokenizer: Any = None,
+        model: nn.Module | None = None,
+        examples: int | None = None,
+        tokens: int | None = None,
+    ) -> Probe:
         """The probe from texts, (text, label) pairs, one batch for the model, or a list of these batches.
 
         The tokenizer is needed for texts, names the tokens of other batches, and is not changed. What the forward of
-        `model` does not take is left out; texts are cut to what it has positions for.
+        `model` does not take is left out; texts are cut to what it has positions for, and everything to `examples` in
+        all and `tokens` in each.
 
         Raises:
             HeadscopeError: it is none of these, or texts come without a tokenizer.
@@ -189,15 +197,22 @@ class Probe:
         if all(_is_labelled(item) for item in items):
             items, labels = [item[0] for item in items], [int(item[1]) for item in items]
         if all(isinstance(item, str) for item in items):
-            batches = _tokenised(items, labels, tokenizer, model)
+            batches = _tokenised(items, labels, tokenizer, model, tokens)
         elif all(isinstance(item, (Mapping, Tensor)) for item in items):
             batches = [_ready(item, tokenizer, model) for item in items]
         else:
             raise HeadscopeError(f"the probe is a list of {shorten(dict.fromkeys(map(_said, items)))}; {_WANTED}")
-        return cls(tuple(batches), _special(tokenizer))
+        return cls(tuple(batches), _special(tokenizer))._cut(examples, tokens, tokenizer)
 
     @classmethod
-    def first(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], tokenizer: Any = None, most: int = 8) -> Probe:
+    def first(
+        cls,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        tokenizer: Any = None,
+        most: int = 8,
+        tokens: int | None = None,
+    ) -> Probe:
         """The probe from what a training forward was called with: its first `most` examples, copied.
 
         Raises:
@@ -212,7 +227,16 @@ class Probe:
         # The Trainer's divisor for the loss of its whole batch; without it the loss is the mean over these examples.
         named = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         args, named = _mapped((args, named), lambda t: _copied(t[:most] if t.ndim and t.shape[0] == size else t))
-        return cls((_batch(args, named, tokenizer),), _special(tokenizer))
+        return cls((_batch(args, named, tokenizer),), _special(tokenizer))._cut(most, tokens, tokenizer)
+
+    def _cut(self, examples: int | None, tokens: int | None, tokenizer: Any) -> Probe:
+        """The probe with no more than so many examples in all, and so many tokens in each."""
+        batches, left = [], sum(batch.examples for batch in self.batches) if examples is None else examples
+        for batch in self.batches:
+            if left > 0:
+                batches.append(_shorter(batch, min(left, batch.examples), tokens, tokenizer))
+                left -= batches[-1].examples
+        return Probe(tuple(batches), self.special)
 
 
 _WANTED = (
@@ -260,7 +284,9 @@ def _ready(item: Any, tokenizer: Any, model: nn.Module | None) -> Batch:
     return _batch((), kwargs, tokenizer)
 
 
-def _tokenised(texts: Sequence[str], labels: list[int] | None, tokenizer: Any, model: nn.Module | None) -> list[Batch]:
+def _tokenised(
+    texts: Sequence[str], labels: list[int] | None, tokenizer: Any, model: nn.Module | None, most: int | None
+) -> list[Batch]:
     if not callable(tokenizer):
         raise HeadscopeError(
             f"the probe has {len(texts)} texts and the tokenizer is {_said(tokenizer)}; pass tokenizer= (such as "
@@ -273,7 +299,7 @@ def _tokenised(texts: Sequence[str], labels: list[int] | None, tokenizer: Any, m
             f"{shorten(sorted(names))}, no input_ids; pass batches as the model takes them"
         )
     config = getattr(unwrap(model), "config", None) if model is not None else None
-    limits = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
+    limits = [most, getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
     limit = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
     cutting = {} if limit is None else {"truncation": True, "max_length": limit}
     # A copy: fast tokenizers keep how they cut last, and save it. One text at a time: a call on several starts threads
@@ -379,6 +405,31 @@ def _batch(
             _text(row[keep].tolist(), None if ids is None else tokenizer) for row, keep in zip(shown, kept, strict=True)
         ],
     )
+
+
+def _shorter(batch: Batch, examples: int, tokens: int | None, tokenizer: Any) -> Batch:
+    """The batch's first examples and tokens; of batches padded on the left, the last tokens."""
+    length = 0 if batch.mask is None else batch.mask.shape[1]
+    tokens = length if tokens is None else min(tokens, length)
+    if examples == batch.examples and tokens == length:
+        return batch
+    left = batch.mask is not None and not batch.mask[:, 0].all() and bool(batch.mask[:, -1].all())
+    kept = slice(length - tokens, length) if left else slice(0, tokens)
+
+    def cut(t: Tensor) -> Tensor:
+        if t.ndim and t.shape[0] == batch.examples:
+            t = t[:examples]
+        # Tokens are the second axis; of masks for pairs of tokens, the last two.
+        axes = {2: (1,), 3: (1,), 4: (2, 3)}.get(t.ndim, ())
+        for axis in axes:
+            if length and t.shape[axis] == length:
+                t = t.narrow(axis, kept.start, tokens)
+        return t.clone()
+
+    args, kwargs = _mapped((batch.args, batch.kwargs), cut)
+    mask = None if batch.mask is None else torch.from_numpy(batch.mask[:examples, kept].copy())
+    labels = None if batch.labels is None else cut(torch.from_numpy(batch.labels))
+    return _batch(args, kwargs, tokenizer, mask=mask, labels=labels)
 
 
 def _is_mask(t: Tensor) -> bool:

@@ -54,7 +54,13 @@ class Layer:
     sinks: bool
     dropout: float
     dtype: str
+    kept: tuple[int, ...] | None
     check: Check = field(default_factory=Check)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The heads that are in the file, by their numbers in the model."""
+        return tuple(range(self.heads)) if self.kept is None else self.kept
 
     @property
     def name(self) -> str:
@@ -76,13 +82,17 @@ class Layer:
             check = (
                 Check(**{**raw["check"], "rows": tuple(raw["check"].get("rows", ()))}) if raw.get("check") else Check()
             )
-            layer = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name != "check"}, check=check)
+            kept = None if raw["kept"] is None else tuple(raw["kept"])
+            given = {f.name: raw[f.name] for f in fields(cls) if f.name not in ("check", "kept")}
+            layer = cls(**given, kept=kept, check=check)
         except (KeyError, TypeError, AttributeError) as problem:
             raise StoreError(f"{source}: an attention call is described wrongly: {problem!r} in {raw!r}") from None
         for name, want in _LAYER_KINDS.items():
             value = getattr(layer, name)
             if not isinstance(value, want) or (isinstance(value, bool) and bool not in want):
                 raise StoreError(f"{source}: {name} of an attention call is {value!r}")
+        if kept is not None and (not kept or any(type(n) is not int or not 0 <= n < layer.heads for n in kept)):
+            raise StoreError(f"{source}: an attention call of {layer.heads} heads is said to keep {kept!r}")
         return layer
 
 
@@ -127,6 +137,7 @@ class State:
     alive: bool
     message: str
     skipped: int
+    thinned: int = 0
 
 
 def examples_of(tensors: dict[str, Array], header: Header) -> list[Example]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -22,6 +25,47 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Which attention calls and heads are kept; None is all.
+
+    Attributes:
+        layers: a regular expression that is found in the module path, or the paths themselves.
+        heads: their numbers in the model.
+    """
+
+    layers: str | Collection[str] | None = None
+    heads: Sequence[int] | None = None
+
+    def heads_of(self, path: str, heads: int) -> list[int] | None:
+        """The heads of a layer that are kept: None is all, an empty list none."""
+        if isinstance(self.layers, str) and not re.search(self.layers, path):
+            return []
+        if not isinstance(self.layers, str | None) and path not in self.layers:
+            return []
+        return None if self.heads is None else [head for head in self.heads if head < heads]
+
+
+def _only(call: Call, numbers: list[int]) -> Call:
+    """The call with some of its heads, each with keys and values of its own."""
+    groups = call.q.shape[1] // call.k.shape[1]
+    shared = [number // groups for number in numbers]
+
+    def picked(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, numbers]
+
+    return replace(
+        call,
+        q=call.q[:, numbers],
+        k=call.k[:, shared],
+        v=call.v[:, shared],
+        output=call.output[:, numbers],
+        mask=picked(call.mask),
+        bias=picked(call.bias),
+        sinks=None if call.sinks is None else call.sinks[numbers],
+    )
+
+
 class Record:
     """One step's file while it is being filled.
 
@@ -32,18 +76,30 @@ class Record:
         kept: how a float32 model's q and k are kept, float16 or float32; a 16-bit model's are kept as they are.
         exact: paths whose q and k are kept as float32 all the same; `finish` adds those that float16 is too coarse for.
         turn: which example is checked, counted on from capture to capture.
+        keeping: which layers and heads; all, if None.
     """
 
-    def __init__(self, image: Image, *, kept: torch.dtype, exact: set[str], turn: int) -> None:
+    def __init__(
+        self, image: Image, *, kept: torch.dtype, exact: set[str], turn: int, keeping: Keeping | None = None
+    ) -> None:
         self.calls: list[Json] = []
+        self.left_out = 0
         self.image = image
         self._kept = kept
         self._exact = exact
         self._turn = turn
+        self._keeping = keeping or Keeping()
         self._shared: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
     def add(self, call: Call, *, mode: str, batch: int) -> None:
-        """Copies one attention call."""
+        """Copies one attention call, if it is one of those that are kept."""
+        numbers = self._keeping.heads_of(call.path, call.q.shape[1])
+        if numbers is not None and not numbers:
+            self.left_out += 1
+            return
+        facts = {**call.facts(), "kept": numbers}
+        if numbers is not None:
+            call = _only(call, numbers)
         prefix = f"{mode}/{batch}/"
         name = f"{call.path}@{call.call}" if call.call else call.path
         example = self._turn % call.q.shape[0]
@@ -60,7 +116,7 @@ class Record:
             {
                 "mode": mode,
                 "batch": batch,
-                **call.facts(),
+                **facts,
                 "mask": self._once(prefix, "mask", batch, call.mask),
                 "bias": self._once(prefix, "bias", batch, call.bias),
                 "check": {"example": example, "rows": rows.tolist(), "error": None, "limit": None, "note": ""},

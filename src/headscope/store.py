@@ -216,6 +216,7 @@ class Writer:
         path: folder or `s3://`, `gs://` address of the run; made if missing.
         facts: of the attempt, for `attempt.json`.
         say: told once of each kind of problem, in one line.
+        max_bytes: of all steps of this attempt; above it, older steps are thinned.
     """
 
     path: str | Path
@@ -223,6 +224,7 @@ class Writer:
     say: Callable[[str], None]
     interval_s: float = 2.0
     patience_s: float = 5.0
+    max_bytes: int | None = None
     attempt: int = field(init=False)
     skipped: int = field(init=False, default=0)
 
@@ -243,6 +245,8 @@ class Writer:
         self._dirty = False
         self._told: set[str] = set()
         self._tired = False
+        self._sizes: dict[int, tuple[str, int]] = {}
+        self._thinned = 0
         self._live: Json = {"state": "training", "step": None, "attempt": self.attempt, "counter": 0, "message": ""}
         self._thread = threading.Thread(target=self._work, name="headscope-writer", daemon=True)
         self._put_live()
@@ -387,12 +391,33 @@ class Writer:
         strings = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
         strings["layout"] = layout = job.image.layout(strings, facts)
         name = f"a{self.attempt:03d}/steps/{job.step:010d}-r00000-of-00001-{layout}.safetensors"
-        self._put(name, job.image.seal(strings))
+        blob = job.image.seal(strings)
+        self._put(name, blob)
         self._live["step"] = job.step
+        self._sizes[job.step] = (name, len(blob))
+        self._thin()
+
+    def _thin(self) -> None:
+        """Deletes steps until those left are within `max_bytes`: the older, the wider apart."""
+        steps = sorted(self._sizes)
+        while (
+            self.max_bytes is not None and len(steps) > 2 and sum(s for _, s in self._sizes.values()) > self.max_bytes
+        ):
+            gaps = {
+                steps[i]: (steps[i + 1] - steps[i - 1]) / (1 + steps[-1] - steps[i]) for i in range(1, len(steps) - 1)
+            }
+            least = min(gaps, key=gaps.__getitem__)
+            obstore.delete(self._store, self._sizes.pop(least)[0])
+            steps.remove(least)
+            self._thinned += 1
+            self._tell(
+                f"captures of this run reached {self.max_bytes:,} bytes: older steps are thinned from now on", "thin"
+            )
 
     def _put_live(self) -> None:
         with self._lock:
             self._live |= {"counter": self._live["counter"] + 1, "interval_s": self.interval_s, "skipped": self.skipped}
+            self._live["thinned"] = self._thinned
             blob = json.dumps(self._live).encode()
         self._put("live.json", blob)
 

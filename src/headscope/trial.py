@@ -72,6 +72,7 @@ class Trial:
         self._live_version = ""
         self._sign = time.monotonic()
         self._missed: Counter[str] = Counter()
+        self._thinned: object = 0
         self.damaged.clear()
 
     # Finding out what there is.
@@ -96,8 +97,20 @@ class Trial:
             self._choose_sources()
             if self._versions.get("live.json", "") != self._live_version:
                 self._read_live()
+                if self._live.get("thinned", 0) != self._thinned:
+                    self._thinned = self._live.get("thinned", 0)
+                    self._drop_deleted()
             self._listed = time.monotonic()
             return sorted(set(self._sources) - before)
+
+    def _drop_deleted(self) -> None:
+        """Forgets the steps whose files are gone: one whole listing."""
+        with self._lock:
+            there = {name for name, _, _ in self._files.names()}
+            for attempt in self._attempts.values():
+                kept = {s: {r: p for r, p in ranks.items() if p.name in there} for s, ranks in attempt.parts.items()}
+                attempt.parts = {step: ranks for step, ranks in kept.items() if ranks}
+            self._choose_sources()
 
     def _newest_name(self) -> str:
         if not self._attempts:
@@ -207,9 +220,9 @@ class Trial:
             patience_s = max(10.0, 5 * float(self._live.get("interval_s", 2)))
             state = str(self._live.get("state", "training"))
             alive = state == "training" and age_s < patience_s
-            return State(
-                state, step, age_s, alive, str(self._live.get("message", "")), int(self._live.get("skipped", 0))
-            )
+            message = str(self._live.get("message", ""))
+            skipped, thinned = (int(self._live.get(name, 0)) for name in ("skipped", "thinned"))
+            return State(state, step, age_s, alive, message, skipped, thinned)
 
     def wait(self, step: int, timeout: float | None = None) -> int:
         """Blocks until a step not before `step` can be read, and returns the first such step.
@@ -281,7 +294,16 @@ class Trial:
         with self._lock:
             part = self._part(step)
             header = self._layouts[part.layout]
-        found = self._files.read(part.name, header, wants)
+        try:
+            found = self._files.read(part.name, header, wants)
+        except Unreachable:
+            self._drop_deleted()
+            self.refresh()
+            if step in self._sources or not self._sources:
+                raise
+            raise NoSuchStep(
+                f"step {step} of {self.path} was thinned; it has {shorten(sorted(self._sources))}"
+            ) from None
         return [array.astype(np.float32) if array.dtype.name == "bfloat16" else array for array in found]
 
     def layers(self, step: int, mode: str = "probe", batch: int = 0) -> list[Layer]:
@@ -343,36 +365,38 @@ class Trial:
         Args:
             layer: as `layers` gives it for this step.
             row: only this example of the batch.
-            heads: only these, in this order.
+            heads: only these, in this order, by their numbers in the model.
             queries: only these, in this order.
         """
         lead = () if row is None else (row,)
-        wrong = [head for head in heads or () if not 0 <= head < layer.heads]
+        wrong = [head for head in heads or () if head not in layer.numbers]
         if wrong:
-            raise NoSuchName(f"no head {wrong[0]} in {layer.name}; it has heads 0 to {layer.heads - 1}")
-        if row is not None and heads is not None:
-            return self._weights_of(step, layer, row, heads, queries)
+            raise NoSuchName(f"no head {wrong[0]} in {layer.name}; the run has its heads {shorten(layer.numbers)}")
+        places = None if heads is None else [layer.numbers.index(head) for head in heads]
+        if row is not None and places is not None:
+            return self._weights_of(step, layer, row, places, queries)
         q, k = self.read(step, [(layer.key("q"), lead), (layer.key("k"), lead)])
         if row is not None:
             q, k = q[None], k[None]
         found = attention.weights(q, k, rows=queries, **self._terms(step, layer, row))
-        return found if heads is None else found[:, list(heads)]
+        return found if places is None else found[:, places]
 
     def _weights_of(
-        self, step: int, layer: Layer, row: int, heads: Sequence[int], queries: NDArray[np.int64] | None
+        self, step: int, layer: Layer, row: int, places: Sequence[int], queries: NDArray[np.int64] | None
     ) -> Array:
-        """Only the chosen heads' bytes are read."""
-        groups = layer.heads // layer.kv_heads
-        wants = [(layer.key("q"), (row, head)) for head in heads]
-        wants += [(layer.key("k"), (row, head // groups)) for head in heads]
+        """Only the chosen heads' bytes are read; `places` are those of the heads in the file."""
+        # Of chosen heads the keys are stored one by one; otherwise heads share them in groups.
+        groups = 1 if layer.kept is not None else layer.heads // layer.kv_heads
+        wants = [(layer.key("q"), (row, place)) for place in places]
+        wants += [(layer.key("k"), (row, place // groups)) for place in places]
         pieces = self.read(step, wants)
-        q, k = np.stack(pieces[: len(heads)])[None], np.stack(pieces[len(heads) :])[None]
+        q, k = np.stack(pieces[: len(places)])[None], np.stack(pieces[len(places) :])[None]
         terms = self._terms(step, layer, row)
         for name in ("mask", "bias"):
             if terms[name] is not None and terms[name].shape[1] != 1:
-                terms[name] = terms[name][:, list(heads)]
+                terms[name] = terms[name][:, list(places)]
         if terms["sinks"] is not None:
-            terms["sinks"] = terms["sinks"][list(heads)]
+            terms["sinks"] = terms["sinks"][list(places)]
         return attention.weights(q, k, rows=queries, **terms)
 
     def _terms(self, step: int, layer: Layer, row: int | None) -> dict[str, Any]:

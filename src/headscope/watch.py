@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from .blob import Json, encode
 from .boundary import Call
 from .capture import Pass, Probe, device_of, run, unwrap
 from .errors import HeadscopeError, HeadscopeWarning, shorten
-from .record import Record
+from .record import Keeping, Record
 from .store import Writer
 
 _KEPT = {"float16": torch.float16, "float32": torch.float32}
@@ -35,17 +35,7 @@ _SCALAR = re.compile(r"[A-Za-z][\w./ -]*")
 _RESERVED = {"step", "time"}
 
 
-def watch(
-    model: nn.Module,
-    out: str | Path,
-    *,
-    probe: Any = None,
-    tokenizer: Any = None,
-    every: int = 50,
-    dtype: str | torch.dtype | None = None,
-    optimizer: Optimizer | None = None,
-    start_step: int = 0,
-) -> Watch:
+class Watch:
     """Watches a model's attention while it trains; use it in a `with` around any PyTorch loop.
 
     A fixed set of examples is run through the model before training, every so many optimiser steps, and at the end,
@@ -63,6 +53,14 @@ def watch(
             (exactly). A 16-bit model's are kept as they are.
         optimizer: whose steps count; without it, the first that steps parameters of the model.
         start_step: the optimiser step at which training begins, when it goes on from a checkpoint.
+        layers: which attention is kept: a regular expression to be found in its module path, or a list of paths.
+        heads: which heads of each layer are kept, by their numbers.
+        examples: how many examples of the probe are used at most.
+        tokens: to how many tokens each of them is cut at most.
+        max_bytes: of all captures together; above it, captures are deleted so that the older they are, the wider they
+            lie apart. The first and the newest stay.
+        overhead: the part of the training time, such as 0.02, that captures may take; where they take more, they are
+            made at fewer steps.
 
     Raises:
         HeadscopeError: an argument is not usable; said before training begins.
@@ -77,39 +75,43 @@ def watch(
                 optimizer.zero_grad()
                 watch.log(loss=loss)
     """
-    return Watch(
-        model,
-        out,
-        probe=probe,
-        tokenizer=tokenizer,
-        every=every,
-        dtype=dtype,
-        optimizer=optimizer,
-        start_step=start_step,
-    )
-
-
-class Watch:
-    """What `watch` gives: a context manager that is told of the loop as little as possible."""
 
     def __init__(
         self,
         model: nn.Module,
         out: str | Path,
         *,
-        probe: Any,
-        tokenizer: Any,
-        every: int,
-        dtype: str | torch.dtype | None,
-        optimizer: Optimizer | None,
+        probe: Any = None,
+        tokenizer: Any = None,
+        every: int = 50,
+        dtype: str | torch.dtype | None = None,
+        optimizer: Optimizer | None = None,
         start_step: int = 0,
+        layers: str | Collection[str] | None = None,
+        heads: Sequence[int] | None = None,
+        examples: int | None = None,
+        tokens: int | None = None,
+        max_bytes: int | None = None,
+        overhead: float | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise HeadscopeError(f"cannot watch a {type(model).__name__}; pass the torch.nn.Module that is trained")
         if type(every) is not int or every < 1:
             raise HeadscopeError(f"every must be a whole number of optimiser steps from 1 on, not {every!r}")
-        if type(start_step) is not int or start_step < 0:
-            raise HeadscopeError(f"start_step must be a whole number from 0 on, not {start_step!r}")
+        for said, number, least in (
+            ("start_step", start_step, 0),
+            ("examples", examples, 1),
+            ("tokens", tokens, 1),
+            ("max_bytes", max_bytes, 1),
+        ):
+            if number is not None and (type(number) is not int or number < least):
+                raise HeadscopeError(f"{said} must be a whole number from {least} on, not {number!r}")
+        if overhead is not None and not 0 < overhead < 1:
+            raise HeadscopeError(f"overhead must be a part of the training time, between 0 and 1, not {overhead!r}")
+        self._keeping = _keeping(layers, heads)
+        self._examples, self._tokens = examples, tokens
+        self._max_bytes = max_bytes
+        self._pace = Pace(overhead)
         name = str(dtype or "float16").removeprefix("torch.")
         if name not in _KEPT:
             raise HeadscopeError(
@@ -126,7 +128,7 @@ class Watch:
         self._kept = _KEPT[name]
         self._tokenizer = tokenizer
         self._optimizer = optimizer
-        self._probe = None if probe is None else Probe.of(probe, tokenizer, self._model)
+        self._probe = None if probe is None else Probe.of(probe, tokenizer, self._model, examples, tokens)
         self._exact: set[str] = set()
         self._forwards = {"train": 0, "eval": 0}
         self._step = self._start = start_step
@@ -153,7 +155,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._writer is not None:
             raise HeadscopeError(f"this watch of {self.out} has been used; make a new one with headscope.watch(...)")
-        self._writer = Writer(self.out, self._facts(), self._say)
+        self._writer = Writer(self.out, self._facts(), self._say, max_bytes=self._max_bytes)
         atexit.register(self._at_exit)
         self._handles.append(self._model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
         hook = self._on_step
@@ -262,7 +264,7 @@ class Watch:
             if torch.is_grad_enabled():
                 self._note_autocast()
                 if self._probe is None and not self._off:
-                    self._begin(Probe.first(args, kwargs, self._tokenizer))
+                    self._begin(Probe.first(args, kwargs, self._tokenizer, self._examples or 8, self._tokens))
 
     def _note_autocast(self) -> None:
         kind = device_of(self._model).type
@@ -282,8 +284,14 @@ class Watch:
 
     def _advance(self, step: int) -> None:
         self._step = step
-        if self._step % self.every == 0:
+        if self._step % self.every == 0 and self._pace.due():
             self._capture()
+            if self._pace.stretched:
+                self._say(
+                    f"captures take more than {self._pace.overhead:g} of the training time every {self.every} steps; "
+                    f"they are made at fewer, as time allows",
+                    kind="pace",
+                )
 
     def _begin(self, probe: Probe) -> None:
         """Writes the examples, and captures them before the first optimiser step."""
@@ -296,8 +304,10 @@ class Watch:
         writer = self._running()
         if self._probe is None or self._off or self._busy or not writer.ready():
             return
-        with self._guarded("the capture"), self._busily():
-            record = Record(writer.image(), kept=self._kept, exact=self._exact, turn=self._captures)
+        with self._pace.timed(), self._guarded("the capture"), self._busily():
+            record = Record(
+                writer.image(), kept=self._kept, exact=self._exact, turn=self._captures, keeping=self._keeping
+            )
 
             def on_call(batch: int, call: Call) -> None:
                 record.add(call, mode="probe", batch=batch)
@@ -339,7 +349,11 @@ class Watch:
     def _name_refused(self, record: Record, passes: list[Pass]) -> None:
         """Says which attention was not caught; and loudly if none was."""
         refused = {path: reason for done in passes for path, reason in done.refused.items()}
-        if record.calls:
+        if record.calls or record.left_out:
+            if not record.calls:
+                self._say(
+                    f"none of {record.left_out} attention calls is kept: layers or heads name none of them", kind="none"
+                )
             for path, reason in list(refused.items())[:3]:
                 self._say(f"attention in {path or 'the model'} is not captured: {reason}")
             return
@@ -378,6 +392,52 @@ class Watch:
                 self._off = message
                 message += "; training goes on, captures are off"
             self._say(message, kind=f"{what} {type(problem).__name__}")
+
+
+class Pace:
+    """How often captures may be made.
+
+    Args:
+        overhead: the part of the time that they may take; any, if None.
+    """
+
+    def __init__(self, overhead: float | None) -> None:
+        self.overhead = overhead
+        self.stretched = False
+        self._began = self._spent = 0.0
+
+    def due(self) -> bool:
+        """Whether the time since the last capture is long enough for what that one took."""
+        if self.overhead is None or time.perf_counter() - self._began >= self._spent / self.overhead:
+            return True
+        self.stretched = True
+        return False
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Measures a capture."""
+        self._began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent = time.perf_counter() - self._began
+
+
+def _keeping(layers: str | Collection[str] | None, heads: Sequence[int] | None) -> Keeping:
+    if isinstance(layers, str):
+        try:
+            re.compile(layers)
+        except re.error as problem:
+            raise HeadscopeError(
+                f"layers={layers!r} is not a regular expression: {problem}; or give a list of paths"
+            ) from None
+    if heads is not None and (not len(heads) or any(type(head) is not int or head < 0 for head in heads)):
+        raise HeadscopeError(f"heads must be a list of head numbers from 0 on, not {heads!r}")
+    return Keeping(layers, heads)
+
+
+# The name that users type: `with headscope.watch(...)`.
+watch = Watch
 
 
 def _blob(probe: Probe) -> bytes:
