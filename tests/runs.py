@@ -11,7 +11,7 @@ import torch
 
 from headscope.blob import encode
 from headscope.boundary import Call
-from headscope.record import Record
+from headscope.record import Keeping, Record
 from headscope.store import Writer
 
 TOKENS = ["[CLS]", "a", "dull", "##ish", "film", "[SEP]", "[PAD]", "[PAD]"]
@@ -38,11 +38,18 @@ def put_probe(run: Writer, *, examples: int = 2, tokens: int = 8) -> None:
 
 
 def put_step(
-    run: Writer, step: int, *, layers: int = 2, heads: int = 4, tokens: int = 8, break_layer: int = -1
+    run: Writer,
+    step: int,
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    tokens: int = 8,
+    break_layer: int = -1,
+    keeping: Keeping | None = None,
 ) -> None:
     """A step whose outputs are what attention gives for its q, k, v; but for one layer, if asked."""
     generator = torch.Generator().manual_seed(step)
-    record = Record(run.image(), kept=torch.float32, exact=set(), turn=0)
+    record = Record(run.image(), kept=torch.float32, exact=set(), turn=0, keeping=keeping)
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
     mask[..., tokens - 2 :] = False
     for layer in range(layers):

@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from chromium import find
 from headscope import Trial, open_trial
+from headscope.record import Keeping
 from runs import make, put_probe, put_step, writer
 
 pytestmark = [
@@ -230,6 +231,47 @@ def test_everything_by_keyboard(page: Page, tmp_path: Path) -> None:
         page.wait_for_selector("dialog[open]")
         page.keyboard.press("Escape")
         page.wait_for_selector("dialog[open]", state="detached")
+
+
+def test_only_the_heads_that_were_kept_can_be_chosen(page: Page, tmp_path: Path) -> None:
+    run = make(tmp_path, [0, 1], keeping=Keeping(heads=[1, 3]))
+    with serving(run, page) as address:
+        page.goto(address)
+        wait_shown(page, "step", "1")
+        tiles = page.locator("button[data-head]")
+        assert [tile.get_attribute("data-head") for tile in tiles.all()] == ["1", "3"]
+        page.click("button[data-head='3']")
+        wait_shown(page, "heads", "3")
+        page.keyboard.press("]")
+        wait_shown(page, "heads", "1")
+        page.hover("[data-side=query] [data-token='1']")
+        page.wait_for_selector("[data-weight][data-query='1']")
+        trial = open_trial(run)
+        layer = trial.layers(1)[int(shown(page, "layer"))]
+        row = trial.examples()[int(shown(page, "example"))].row
+        weights = trial.weights(1, layer, row=row, heads=[1])[0, 0]
+        for (_, query, key), weight in numbers(page).items():
+            assert weight == pytest.approx(float(weights[query, key]), abs=1e-7)
+
+
+def test_a_page_forgets_steps_that_were_thinned(page: Page, tmp_path: Path) -> None:
+    run = writer(tmp_path)
+    put_probe(run)
+    for step in range(4):
+        put_step(run, step)
+    open_trial(tmp_path).wait(3, timeout=20)
+    with serving(tmp_path, page) as address:
+        page.goto(address)
+        wait_shown(page, "step", "3")
+        choose_step(page, 1)
+        wait_shown(page, "step", "1")
+        said: list[str] = []
+        run.say, run.max_bytes = said.append, 1
+        put_step(run, 4)
+        page.wait_for_selector("input[name=step][max='1']", timeout=20_000)
+        wait_shown(page, "step", "0")
+    run.close()
+    assert said == ["captures of this run reached 1 bytes: older steps are thinned from now on"]
 
 
 def test_a_layer_that_failed_its_self_check_is_not_drawn(page: Page, tmp_path: Path) -> None:

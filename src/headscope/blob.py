@@ -234,8 +234,7 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
 def decode(blob: bytes, name: str = "blob") -> tuple[dict[str, Array], Header]:
     """The tensors of a safetensors blob and its header."""
     header = parse_header(blob[: 8 + header_length(blob[:8], len(blob), name)], len(blob), name)
-    found = {key: array_of(blob[e.start : e.end], e.dtype, e.shape, name) for key, e in header.entries.items()}
-    return found, header
+    return {key: array_of(blob[e.start : e.end], e.dtype, e.shape) for key, e in header.entries.items()}, header
 
 
 def decode_sound(blob: bytes, name: str) -> tuple[dict[str, Array], Header]:
@@ -258,6 +257,17 @@ def verify(tensor: Array, key: str, header: Header) -> None:
     """
     if header.sums.get(key, "") not in ("", checksum(tensor)):
         raise StoreError(mismatch(key, header))
+    truthful(tensor, key, header.name)
+
+
+def truthful(tensor: Array, key: str, name: str) -> None:
+    """Refuses truth values that are neither 0 nor 1: numpy takes any byte for one, and then computes with its bits.
+
+    Raises:
+        StoreError: there is one.
+    """
+    if tensor.dtype == np.bool_ and tensor.size and tensor.view(np.uint8).max() > 1:
+        raise StoreError(f"{name}: tensor {key!r} is BOOL but holds bytes other than 0 and 1; it is damaged")
 
 
 def mismatch(key: str, header: Header) -> str:
@@ -273,7 +283,7 @@ def faults(blob: bytes, name: str) -> list[str]:
     except StoreError as problem:
         return [str(problem)]
     missing = [f"{name}: tensor {key!r} carries no checksum" for key in tensors if key not in sums]
-    wrong = [mismatch(key, header) for key, t in tensors.items() if key in sums and sums[key] != checksum(t)]
+    wrong = [mismatch(key, header) for key in tensors if key in sums and sums[key] != checksum(tensors[key])]
     return missing + wrong
 
 
@@ -282,15 +292,8 @@ def checksum(tensor: Array) -> str:
     return f"{crc32c(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data):08x}"
 
 
-def array_of(raw: Any, dtype: np.dtype[Any], shape: Sequence[int], name: str = "blob") -> Array:
-    """The bytes as an array, not copied.
-
-    Raises:
-        StoreError: a truth value is neither 0 nor 1.
-    """
-    # numpy takes any byte for a truth value, and then computes with its bits.
-    if dtype == np.bool_ and len(raw) and np.frombuffer(raw, np.uint8).max() > 1:
-        raise StoreError(f"{name}: a BOOL tensor holds bytes other than 0 and 1; it is damaged")
+def array_of(raw: Any, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+    """The bytes as an array, not copied."""
     return np.frombuffer(raw, dtype).reshape(tuple(shape))
 
 

@@ -6,27 +6,36 @@ alike. One put makes a file visible as a whole; nothing that readers rely on is 
 
 from __future__ import annotations
 
+import bisect
 import json
+import os
 import queue
 import re
+import stat
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from .blob import Array, Header, Image, Json, array_of, encode, header_length, parse_header
+from .blob import Array, Header, Image, Json, array_of, encode, header_length, loads, parse_header, truthful
 from .errors import NoSuchName, StoreError, nearest
 
 FORMAT = 1
 ROWS = 256
-_STEP = re.compile(r"a(\d{3})/steps/(\d{10})-r(\d{5})-of-(\d{5})-([0-9a-f]{8})\.safetensors")
-_BLOCK = re.compile(r"a(\d{3})/timeline/r(\d{5})-(\d{5})\.safetensors")
+_STEP = re.compile(r"a(\d{3})/steps/(\d{10})-r(\d{5})-of-(\d{5})-([0-9a-f]{8})\.safetensors", re.ASCII)
+_BLOCK = re.compile(r"a(\d{3})/timeline/r(\d{5})-(\d{5})\.safetensors", re.ASCII)
+_ATTEMPT = re.compile(r"a\d{3}", re.ASCII)
+_STAGED = re.compile(r"#\d+$")
+_LARGEST_JSON = 16 << 20
+_LARGEST_WHOLE = 1 << 30
+_SETTLED_S = 2.0
 _TICK_S = 0.25
 
 
@@ -34,9 +43,8 @@ class Unreachable(StoreError):
     """A file or folder that cannot be read now; it may be read later."""
 
 
-@dataclass(frozen=True)
-class StepFile:
-    """One rank's part of a step, as its name and the listing tell it."""
+class StepFile(NamedTuple):
+    """One rank's part of a step, as its name and the listing tell it; the size is -1 where it was not asked for."""
 
     name: str
     size: int
@@ -52,8 +60,17 @@ class StepFile:
         match = _STEP.fullmatch(name)
         if match is None:
             return None
-        attempt, step, rank, world = (int(match[i]) for i in range(1, 5))
-        return cls(name, size, attempt, step, rank, world, match[5])
+        attempt, step, rank, world, layout = match.groups()
+        return cls(name, size, int(attempt), int(step), int(rank), int(world), layout)
+
+    def differs(self, header: Header) -> list[str]:
+        """What its metadata says of itself that its name does not."""
+        found = []
+        for name in ("attempt", "step", "rank", "world", "layout"):
+            inside, outside = header.metadata.get(name), str(getattr(self, name))
+            if inside != outside:
+                found.append(f"{self.name}: its {name} is {inside!r} inside, {outside!r} by name")
+        return found
 
 
 def block_of(name: str) -> tuple[int, int, int] | None:
@@ -69,25 +86,38 @@ def _open(path: str | Path, *, create: bool) -> ObjectStore:
 
 
 class Files:
-    """A run's files, for reading. The folder need not exist yet."""
+    """A run's files, for reading. The folder need not exist yet.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: of the run.
+        sized: a listing of a folder asks for the sizes of this many of the newest steps; the others' are -1.
+    """
+
+    def __init__(self, path: str | Path, *, sized: int | None = None) -> None:
         self.path = str(path)
+        self._sized = sized
+        self._local = None if "://" in self.path else Path(self.path).expanduser().absolute()
         self._store: ObjectStore | None = None
+        self._seen: dict[str, tuple[int, list[str]]] = {}
 
     def _ready(self) -> ObjectStore | None:
         if self._store is None:
-            if "://" not in self.path and not Path(self.path).expanduser().is_dir():
+            if self._local is not None and not self._local.is_dir():
                 return None
             self._store = _open(self.path, create=False)
         return self._store
 
     def names(self, after: str = "") -> list[tuple[str, int, str]]:
-        """(name, size, version) of every file whose name sorts after `after`: one listing."""
-        store = self._ready()
-        if store is None:
-            return []
+        """(name, size, version) of every file whose name sorts after `after`: one listing.
+
+        In a folder only the places that the format has are looked at: a link to elsewhere, or a folder of something
+        else, costs nothing.
+        """
         try:
+            if self._local is not None:
+                return sorted(self._scan(self._local, after))
+            store = self._ready()
+            assert store is not None
             found = [
                 (item["path"], item["size"], item["e_tag"] or str(item["last_modified"]))
                 for chunk in obstore.list(store, offset=after or None, chunk_size=1000)
@@ -97,26 +127,98 @@ class Files:
             raise Unreachable(f"cannot list {self.path}: {_short(problem)}") from None
         return sorted(found)
 
-    def get(self, name: str) -> bytes | None:
-        """A whole file, or None if there is none."""
+    def _scan(self, root: Path, after: str) -> Iterator[tuple[str, int, str]]:
+        try:
+            with os.scandir(root) as items:
+                inside = {item.name: item.is_dir() for item in items}
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        yield from self._sizes(root, "", [name for name, folder in inside.items() if not folder], after)
+        attempts = sorted(name for name, folder in inside.items() if folder and _ATTEMPT.fullmatch(name))
+        for attempt in [name for name in attempts if f"{name}/~" > after]:
+            for folder in (f"{attempt}/", f"{attempt}/steps/", f"{attempt}/timeline/"):
+                yield from self._sizes(root, folder, self._listed(root, folder), after)
+
+    def _listed(self, root: Path, folder: str) -> list[str]:
+        """The names in a folder, in order; not asked for again where it has not changed for a while."""
+        try:
+            changed = (root / folder).stat().st_mtime_ns
+            if self._seen.get(folder, (None, []))[0] == changed:
+                return self._seen[folder][1]
+            now_ns = time.time_ns()
+            names = sorted(os.listdir(root / folder))  # noqa: PTH208 - names only, ten times as fast as iterdir
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        # Two files may come in one tick of the disk's clock: a folder that changed just now is looked at again.
+        if now_ns - changed > _SETTLED_S * 1e9:
+            self._seen[folder] = (changed, names)
+        return names
+
+    def _sizes(self, root: Path, folder: str, names: list[str], after: str) -> Iterator[tuple[str, int, str]]:
+        if after.startswith(folder):
+            names = names[bisect.bisect_right(names, after[len(folder) :]) :] if folder else names
+        elif folder and folder < after:
+            return
+        asked = len(names) - self._sized if self._sized is not None and folder.endswith("/steps/") else 0
+        for place, name in enumerate(names):
+            if _STAGED.search(name) or (not folder and name <= after) or not name.isprintable():
+                continue
+            if place < asked:
+                yield folder + name, -1, ""
+                continue
+            try:
+                found = os.stat(root / (folder + name))  # noqa: PTH116 - twice as fast as Path.stat
+            except OSError:
+                continue
+            if stat.S_ISREG(found.st_mode):
+                yield folder + name, found.st_size, f"{found.st_mtime_ns}-{found.st_ino}-{found.st_size}"
+
+    def _whole(self, name: str) -> None:
+        """Refuses what is no plain file: reading a pipe would not end."""
+        if self._local is not None:
+            found = self._local / name
+            if found.exists() and not found.is_file():
+                raise StoreError(f"{name} in {self.path} is not a file")
+
+    def get(self, name: str, most: int = _LARGEST_WHOLE) -> bytes | None:
+        """A whole file, or None if there is none.
+
+        Raises:
+            StoreError: it has more than `most` bytes, or cannot be read.
+        """
         store = self._ready()
         if store is None:
             return None
         try:
-            return bytes(obstore.get(store, name).bytes())
+            self._whole(name)
+            found = obstore.get(store, name)
+            size = found.meta["size"]
+            if size > most:
+                raise StoreError(f"{name} in {self.path} has {size} bytes, at most {most} are read at once")
+            return bytes(found.bytes())
         except FileNotFoundError:
             return None
+        except (BaseError, OSError, ValueError) as problem:
+            raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
+
+    def size(self, name: str) -> int:
+        """How many bytes a file has."""
+        store = self._ready()
+        try:
+            if store is None:
+                raise FileNotFoundError(f"{self.path} is gone")
+            return int(obstore.head(store, name)["size"])
         except (BaseError, OSError) as problem:
             raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
 
     def json(self, name: str) -> Json | None:
         """A small JSON file, or None if there is none."""
-        raw = self.get(name)
+        raw = self.get(name, _LARGEST_JSON)
         if raw is None:
             return None
         try:
-            found = json.loads(raw)
-        except ValueError as problem:
+            found = loads(raw)
+        except (ValueError, RecursionError) as problem:
             raise StoreError(f"{name} in {self.path} is not JSON: {problem}") from None
         if not isinstance(found, dict):
             raise StoreError(f"{name} in {self.path} is {type(found).__name__}, not an object")
@@ -127,9 +229,10 @@ class Files:
         if store is None:
             raise Unreachable(f"cannot read {name}: {self.path} is gone")
         try:
+            self._whole(name)
             starts, ends = [start for start, _ in spans], [end for _, end in spans]
             found = obstore.get_ranges(store, name, starts=starts, ends=ends)
-        except (BaseError, OSError) as problem:
+        except (BaseError, OSError, ValueError) as problem:
             raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
         pieces = [bytes(piece) for piece in found]
         for piece, (start, end) in zip(pieces, spans, strict=True):
@@ -137,16 +240,16 @@ class Files:
                 raise Unreachable(f"{name}: bytes {start} to {end} were asked for, {len(piece)} bytes came")
         return pieces
 
-    def header(self, name: str, size: int) -> Header:
-        """The header of a file of `size` bytes: one ranged read, two if it is long."""
-        first = min(size, 32768)
+    def header(self, name: str, size: int, like: Header | None = None) -> Header:
+        """The header of a file of `size` bytes: one ranged read, two if it is long; `like` as in `parse_header`."""
+        first = min(size, like.start if like is not None and like.sealed else 32768)
         if first < 8:
             raise StoreError(f"{name}: {size} bytes are too few for a safetensors file; it is damaged or unfinished")
         head = self._ranges(name, [(0, first)])[0]
         length = header_length(head, size, name)
         if 8 + length > first:
             head += self._ranges(name, [(first, 8 + length)])[0]
-        return parse_header(head, size, name)
+        return parse_header(head, size, name, like)
 
     def read(self, name: str, header: Header, wants: Sequence[tuple[str, tuple[int, ...]]]) -> list[Array]:
         """Parts of tensors of one file, asked for together.
@@ -167,8 +270,10 @@ class Files:
             start, shape = entry.start, entry.shape
             size = entry.end - entry.start
             for index in lead:
-                if not 0 <= index < shape[0]:
-                    raise NoSuchName(f"index {index} in {key!r} of {name}, whose axis has {shape[0]}")
+                if not shape or not 0 <= index < shape[0]:
+                    raise NoSuchName(
+                        f"index {index} in {key!r} of {name}, whose axis has {shape[0] if shape else 'no entry'}"
+                    )
                 size //= shape[0]
                 start += index * size
                 shape = shape[1:]
@@ -176,10 +281,11 @@ class Files:
             shapes.append((entry.dtype, shape))
         real = [span for span in spans if span[1] > span[0]]
         pieces = iter(self._ranges(name, real) if real else [])
-        return [
-            array_of(next(pieces) if end > start else b"", dtype, shape)
-            for (start, end), (dtype, shape) in zip(spans, shapes, strict=True)
-        ]
+        found = []
+        for (key, _), (start, end), (dtype, shape) in zip(wants, spans, shapes, strict=True):
+            found.append(array_of(next(pieces) if end > start else b"", dtype, shape))
+            truthful(found[-1], key, name)
+        return found
 
 
 def _short(problem: BaseException) -> str:

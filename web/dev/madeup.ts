@@ -175,6 +175,7 @@ export class Madeup implements Source {
         call: 0,
         heads,
         kv_heads,
+        kept: null,
         route: "transformers:sdpa",
       })),
       examples: TEXTS.map((text, i) => example(text, (i + 1) % 2, this.#making)),
@@ -214,7 +215,15 @@ export class Madeup implements Source {
   #life(step: number): Life {
     const { state, lost } = this.#making;
     const message = state === "failed" ? "CUDA out of memory" : "";
-    return { state, step: step < 0 ? null : step, age_s: lost ? 190 : 2, alive: !lost, message, skipped: 0 };
+    return {
+      state,
+      step: step < 0 ? null : step,
+      age_s: lost ? 190 : 2,
+      alive: !lost,
+      message,
+      skipped: 0,
+      thinned: 0,
+    };
   }
 
   #answer(question: Question): ArrayBuffer {

@@ -46,7 +46,7 @@ export function App({ state }: { state: State }) {
       <div class="body">
         <Examples state={state} narrow={narrow.value} />
         <section class="centre" aria-label="Attention heads">
-          {state.heads.value > 0 && <Pickers state={state} />}
+          {state.heads.value.length > 0 && <Pickers state={state} />}
           <div role="alert" class="problem">
             {state.problem.value || state.trouble.value}
           </div>

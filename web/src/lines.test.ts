@@ -124,11 +124,13 @@ test.each([
 });
 
 test("a question is cut to the layer and the example", () => {
-  const layer = { path: "a", call: 0, heads: 4, kv_heads: 4, route: "sdpa" };
+  const layer = { path: "a", call: 0, heads: 4, kv_heads: 4, kept: null, route: "sdpa" };
   const example = { text: "", tokens: Array(30).fill("x"), special: [], label: null };
   const wanted = { step: 1, layer: 0, example: 0, heads: [1, 7], first: 20, count: 20 };
   expect(questionOf(layer, example, wanted)).toMatchObject({ ask: "lines", heads: [1], first: 20, count: 10, top: 10 });
   expect(questionOf(layer, example, { ...wanted, heads: [7] }).heads).toEqual([0]);
+  expect(questionOf({ ...layer, kept: [2, 3] }, example, { ...wanted, heads: [1, 3] }).heads).toEqual([3]);
+  expect(questionOf({ ...layer, kept: [2, 3] }, example, wanted).heads).toEqual([2]);
   expect(questionOf(layer, example, { ...wanted, first: 30 })).toMatchObject({ first: 0, count: 20 });
   const long = { ...example, tokens: Array(200).fill("x") };
   expect(questionOf(layer, long, { ...wanted, count: 100 })).toMatchObject({ count: 100, top: 64 });

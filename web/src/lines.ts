@@ -1,5 +1,13 @@
 /** What a `lines` reply says: which query looks at which key, and how much. */
-import { type Example, type Layer, type LinesFacts, type LinesQuestion, Problem, type Reply } from "./protocol.ts";
+import {
+  type Example,
+  headsOf,
+  type Layer,
+  type LinesFacts,
+  type LinesQuestion,
+  Problem,
+  type Reply,
+} from "./protocol.ts";
 
 /**
  * The picture of one reply: its question, its facts and its arrays.
@@ -134,6 +142,14 @@ export function neighbour(lines: Lines, focus: Focus | null, key: string): Focus
 export function questionOf(layer: Layer, example: Example, wanted: Omit<LinesQuestion, "ask" | "top">): LinesQuestion {
   const first = wanted.first < example.tokens.length ? wanted.first : 0;
   const count = Math.min(wanted.count, example.tokens.length - first);
-  const heads = wanted.heads.filter((head) => head < layer.heads);
-  return { ...wanted, ask: "lines", heads: heads.length ? heads : [0], first, count, top: Math.min(count, 64) };
+  const all = headsOf(layer);
+  const heads = wanted.heads.filter((head) => all.includes(head));
+  return {
+    ...wanted,
+    ask: "lines",
+    heads: heads.length ? heads : [all[0] ?? 0],
+    first,
+    count,
+    top: Math.min(count, 64),
+  };
 }

@@ -79,14 +79,14 @@ function Field({ label, name, value, bounds: [least, most], state }: FieldProps)
 }
 
 function HeadPicker({ state }: { state: State }) {
-  const count = state.heads.value;
+  const all = state.heads.value;
   const { heads } = state.picks.value;
   const slots = state.slots.value;
   return (
     // biome-ignore lint/a11y/useSemanticElements: a fieldset cannot be laid out as a line of tiles everywhere
     <div class="heads" role="group" aria-label="heads">
-      <span aria-hidden="true">{count === 1 ? "head" : "heads"}</span>
-      {Array.from({ length: count }, (_, head) => (
+      <span aria-hidden="true">{all.length === 1 ? "head" : "heads"}</span>
+      {all.map((head) => (
         <button
           type="button"
           key={head}
@@ -102,12 +102,12 @@ function HeadPicker({ state }: { state: State }) {
           {head}
         </button>
       ))}
-      {count > 1 && (
+      {all.length > 1 && (
         <button
           type="button"
           name="all"
           class="tile all"
-          aria-pressed={heads.length === count}
+          aria-pressed={heads.length === all.length}
           onClick={() => state.toggleAll()}
         >
           all

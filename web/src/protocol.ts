@@ -27,6 +27,7 @@ export interface Life {
   alive: boolean;
   message: string;
   skipped: number;
+  thinned: number;
 }
 
 /** One attention call of the model. */
@@ -35,7 +36,13 @@ export interface Layer {
   call: number;
   heads: number;
   kv_heads: number;
+  kept: number[] | null;
   route: string;
+}
+
+/** The numbers of a layer's heads that the run has. */
+export function headsOf(layer: Layer | undefined): number[] {
+  return layer?.kept ?? Array.from({ length: layer?.heads ?? 0 }, (_, head) => head);
 }
 
 /** One of the fixed examples; its tokens are without padding. */

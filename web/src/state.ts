@@ -6,6 +6,7 @@ import {
   type Change,
   type FirstLook,
   Gone,
+  headsOf,
   type Life,
   type LinesQuestion,
   type News,
@@ -42,8 +43,8 @@ export class State {
   readonly trouble = signal("");
 
   readonly picks = signal<Picks>({ layer: 0, heads: [0], example: 0, first: 0, count: 20 });
-  /** How many heads the picked layer has. */
-  readonly heads = computed(() => this.run.value?.layers[this.picks.value.layer]?.heads ?? 0);
+  /** The heads that the run has of the picked layer. */
+  readonly heads = computed(() => headsOf(this.run.value?.layers[this.picks.value.layer]));
   /** The colours of the heads in the picture. */
   readonly slots = signal<Slots>(new Map());
   readonly step = signal<number | null>(null);
@@ -126,11 +127,11 @@ export class State {
   /** Shows all heads, or those that were shown before. */
   toggleAll(): void {
     const { heads } = this.picks.value;
-    const all = Array.from({ length: this.heads.value }, (_, head) => head);
+    const all = this.heads.value;
     if (heads.length < all.length) {
       this.#before = heads;
       this.pick({ heads: all });
-    } else this.pick({ heads: this.#before.length < all.length ? this.#before : [0] });
+    } else this.pick({ heads: this.#before.length < all.length ? this.#before : all.slice(0, 1) });
   }
 
   /** Moves to another head or layer, around the end. */
@@ -140,8 +141,9 @@ export class State {
       if (count) this.pick({ layer: (this.picks.value.layer + by + count) % count });
       return;
     }
-    const count = this.heads.value;
-    if (count) this.pick({ heads: [(this.picks.value.heads[0] + by + count) % count] });
+    const all = this.heads.value;
+    const next = all[(all.indexOf(this.picks.value.heads[0]) + by + all.length) % all.length];
+    if (next !== undefined) this.pick({ heads: [next] });
   }
 
   /** Goes to the step at `index` of the list and lets go of the newest. */
@@ -189,9 +191,9 @@ export class State {
   #choose(change: Partial<Picks>): void {
     batch(() => {
       const picks = { ...this.picks.value, ...change };
-      const count = this.run.value?.layers[picks.layer]?.heads ?? 0;
-      const heads = picks.heads.filter((head) => head < count);
-      this.picks.value = { ...picks, heads: heads.length ? heads : [0] };
+      const all = headsOf(this.run.value?.layers[picks.layer]);
+      const heads = picks.heads.filter((head) => all.includes(head));
+      this.picks.value = { ...picks, heads: heads.length ? heads : [all[0] ?? 0] };
       this.strong.value = null;
     });
   }
@@ -270,13 +272,16 @@ export class State {
     batch(() => {
       if (!same) {
         this.#clear();
-        this.steps.value = [];
         this.scalars.value = {};
         this.lines.value = null;
         this.facts.value = null;
         this.step.value = null;
       }
       this.run.value = run;
+      this.steps.value = run.steps;
+      const step = this.step.value;
+      if (step !== null && !run.steps.includes(step))
+        this.step.value = run.steps.findLast((have) => have < step) ?? null;
       this.#choose({});
       this.#merge({ ...run, state: run.state });
     });
@@ -297,6 +302,7 @@ export class State {
     if (this.#opening) this.#missed.push(change);
     // Before the first file is there, a run has no layers to speak of.
     else if (run?.attempt !== change.attempt || (change.steps.length && !run.layers.length)) void this.#open();
+    else if (run.state.thinned !== change.state.thinned) void this.#open();
     else {
       this.#merge(change);
       if (wasGone) this.#askAgain();

@@ -15,7 +15,7 @@ import {
   withheldText,
 } from "./words.ts";
 
-const life: Life = { state: "training", step: 420, age_s: 2, alive: true, message: "", skipped: 0 };
+const life: Life = { state: "training", step: 420, age_s: 2, alive: true, message: "", skipped: 0, thinned: 0 };
 
 test.each<[Partial<Life>, number, string]>([
   [{}, 2, "training · step 420 · 2 s ago"],
