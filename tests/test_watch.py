@@ -1,3 +1,5 @@
+import contextlib
+import copy
 import gc
 import json
 import random
@@ -19,7 +21,7 @@ import headscope
 import models
 from headscope import open_trial
 from headscope.boundary import Call, catching
-from headscope.errors import HeadscopeError, HeadscopeWarning, StoreError
+from headscope.errors import HeadscopeError, HeadscopeWarning, NotSupported, StoreError
 from headscope.record import Record
 from headscope.trial import Trial
 from headscope.watch import Watch, watch
@@ -814,3 +816,132 @@ def test_a_loop_that_counts_its_steps_itself(tmp_path: Path) -> None:
             train(model, 1)
             watched.step(number)
     assert open_trial(tmp_path).steps() == [0, 5, 10]
+
+
+def test_a_watched_model_can_be_copied_and_saved(tmp_path: Path) -> None:
+    model = models.bert().train()
+    with watch(model, tmp_path / "run", probe=probe(), every=1):
+        train(model, 1)
+        twin = copy.deepcopy(model)
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        for other in (twin, averaged, loaded):
+            other(input_ids=probe()["input_ids"])
+        train(twin, 1)
+    assert open_trial(tmp_path / "run").steps() == [0, 1]
+    assert open_trial(tmp_path / "run").header(1).facts("forwards", dict) == {"train": 1, "eval": 0}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_being_stopped_in_the_first_probe_leaves_nothing(tmp_path: Path, stop: type[BaseException]) -> None:
+    model = models.bert().train()
+    handle = model.register_forward_hook(lambda *_: (_ for _ in ()).throw(stop()))
+    with pytest.raises(stop), watch(model, tmp_path, probe=probe()):
+        pass
+    handle.remove()
+    assert not model._forward_pre_hooks
+    state = open_trial(tmp_path).state()
+    assert (state.state, state.message) == ("stopped", f"{stop.__name__} at step 0") or stop is SystemExit
+
+
+def test_a_scripted_model_is_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    with pytest.raises(NotSupported, match="a scripted model runs no Python; watch the module that it was made of"):
+        watch(scripted, tmp_path).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+class Odd(torch.nn.Module):
+    """Attention behind what forwards may do to their module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(40, 8, max_norm=0.5)
+        self.qkv = torch.nn.Linear(8, 24)
+        self.out = torch.nn.Linear(8, 2)
+        self.own = torch.Generator().manual_seed(3)
+        self.numpy = np.random.default_rng(3)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        x = self.embedding(input_ids) + 0.1 * torch.rand(8, generator=self.own) + 0.1 * float(self.numpy.random())
+        if not hasattr(self, "scale"):
+            self.scale = self.qkv.weight.abs().mean() + 1
+        q, k, v = (part[:, None] for part in self.qkv(x).chunk(3, -1))
+        x = torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        logits = self.out(x.mean(1)) * self.scale
+        del self.scale
+        found = {"logits": logits}
+        return found if labels is None else found | {"loss": torch.nn.functional.cross_entropy(logits, labels)}
+
+
+def test_what_odd_forwards_change_is_put_back(tmp_path: Path) -> None:
+    def trained(watched: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = Odd()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        batch = {"input_ids": torch.randint(0, 40, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
+        inside = watch(model, tmp_path / "run", probe=batch, every=1) if watched else contextlib.nullcontext()
+        with inside:
+            for _ in range(6):
+                model(**batch)["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.state_dict()
+
+    plain, seen = trained(False), trained(True)
+    assert open_trial(tmp_path / "run").steps() == list(range(7))
+    assert all(torch.equal(plain[name], seen[name]) for name in plain)
+
+
+def test_attention_folded_into_the_batch_is_refused(tmp_path: Path) -> None:
+    class Folded(Odd):
+        def forward(self, input_ids: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
+            q, k, v = (
+                part.unflatten(-1, (2, 4)).transpose(1, 2).flatten(0, 1)
+                for part in self.qkv(self.embedding(input_ids)).chunk(3, -1)
+            )
+            x = (
+                torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                .unflatten(0, (-1, 2))
+                .transpose(1, 2)
+                .flatten(2)
+            )
+            return {"logits": self.out(x.mean(1))}
+
+    caught = r"NO ATTENTION WAS CAUGHT .* its batch is 8, the probe's 4; heads, windows"
+    with pytest.warns(HeadscopeWarning, match="no optimiser step"), pytest.warns(HeadscopeWarning, match=caught):
+        with watch(model := Folded(), tmp_path, probe={"input_ids": torch.randint(0, 40, (4, 6))}):
+            model(torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_parameters_that_a_forward_changes_turn_captures_off(tmp_path: Path) -> None:
+    class Drifting(Odd):
+        def forward(self, input_ids: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
+            with torch.no_grad():
+                self.out.weight.mul_(1.0)
+            return super().forward(input_ids, labels)
+
+    changed = "in eval changes its parameter 'out.weight' in place; training goes on"
+    with pytest.warns(HeadscopeWarning, match="no optimiser step"), pytest.warns(HeadscopeWarning, match=changed):
+        with watch(model := Drifting(), tmp_path, probe={"input_ids": torch.randint(0, 40, (4, 6))}):
+            model(torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_parameters_that_are_not_there_yet_are_waited_for(tmp_path: Path) -> None:
+    class Lazy(Odd):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = torch.nn.LazyLinear(2)
+
+    batch = {"input_ids": torch.randint(0, 40, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
+    model = Lazy()
+    with (
+        pytest.warns(HeadscopeWarning, match="step 0 is not captured: the model has parameters that its first forward"),
+        watch(model, tmp_path, probe=batch, every=1) as watched,
+    ):
+        model(**batch)["loss"].backward()
+        watched.step()
+    assert open_trial(tmp_path).steps() == [1]

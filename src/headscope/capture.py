@@ -27,6 +27,7 @@ from .errors import HeadscopeError, shorten
 LOGITS_BYTES = 1 << 20
 TEXTS_PER_BATCH = 16
 _PLAIN = (bool, int, float, str, tuple, Tensor, type(None))
+_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
 _NOT_IDS = {"labels", "label", "attention_mask", "token_type_ids", "position_ids"}
 
 
@@ -92,12 +93,28 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_modules(model: nn.Module) -> Iterator[None]:
-    """Lends every module copies of its buffers, and puts its own buffers and plain attributes back."""
+    """Lends every module copies of what it changes in a forward, and puts its own things back.
+
+    Lent are buffers, and weights that an embedding with `max_norm` rescales; put back are plain attributes and random
+    generators, and what was not there before is taken away.
+
+    Raises:
+        HeadscopeError: the forward changed a parameter.
+    """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     plain = [{name: value for name, value in vars(m).items() if isinstance(value, _PLAIN)} for m in modules]
     own = [(dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
+    names = [set(vars(m)) for m in modules]
+    generators = [_state_of(value) for m in modules for value in vars(m).values() if isinstance(value, _GENERATORS)]
+    rescaled = [
+        (m, m._parameters["weight"]) for m in modules if getattr(m, "max_norm", None) and "weight" in m._parameters
+    ]
+    versions = [(parameter, _version(parameter)) for parameter in model.parameters()]
     lent: dict[int, _Lent] = {}
     try:
+        for module, weight in rescaled:
+            if weight is not None:
+                module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
         for module, (buffers, _) in zip(modules, own, strict=True):
             for name, buffer in buffers.items():
                 if buffer is not None:
@@ -112,8 +129,31 @@ def _same_modules(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if vars(module).get(name, plain) is not value:
                     vars(module)[name] = value
+        for module, before in zip(modules, names, strict=True):
+            for name in set(vars(module)) - before:
+                del vars(module)[name]
+        for module, weight in rescaled:
+            module._parameters["weight"] = weight
+        for restore in generators:
+            restore()
         for loan in lent.values():
             loan.restore()
+        changed = next((parameter for parameter, version in versions if _version(parameter) != version), None)
+    if changed is not None:
+        name = next(name for name, parameter in model.named_parameters() if parameter is changed)
+        raise HeadscopeError(f"the forward of {type(model).__name__} in eval changes its parameter {name!r} in place")
+
+
+def _state_of(generator: Any) -> Callable[[], object]:
+    """What puts a generator of random numbers back to where it is now."""
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: generator.set_state(state)
+    if isinstance(generator, random.Random):
+        own = generator.getstate()
+        return lambda: generator.setstate(own)
+    bits = copy.deepcopy(generator.bit_generator.state)
+    return lambda: setattr(generator.bit_generator, "state", bits)
 
 
 class _Lent:

@@ -17,6 +17,8 @@ from .blob import Array, Image, Json
 from .boundary import Call
 
 _FP16_LARGEST = 65504.0
+# What stands in a file for an error that is infinite or not a number: JSON has neither.
+_NOT_FINITE = 1e9
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float16),
@@ -184,7 +186,7 @@ class Record:
         limit = attention.LIMIT_EXACT if exact else attention.LIMIT_16_BITS
         if error > limit and wide and not exact:
             self._exact.add(call["path"])
-        return {"error": error if np.isfinite(error) else 1e30, "limit": limit}
+        return {"error": min(error, _NOT_FINITE), "limit": limit}
 
     def failed(self) -> list[Json]:
         """The calls whose self-check failed; known once `finish` has run."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import re
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from .blob import Json, encode
 from .boundary import Call
 from .capture import Pass, Probe, device_of, run, unwrap
-from .errors import HeadscopeError, HeadscopeWarning, shorten
+from .errors import HeadscopeError, HeadscopeWarning, NotSupported, shorten
 from .record import Keeping, Record
 from .store import Writer
 
@@ -127,6 +128,8 @@ class Watch:
         self._model = unwrap(model)
         self._kept = _KEPT[name]
         self._tokenizer = tokenizer
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner  # Accelerate's wrapper is an Optimizer without its hooks.
         self._optimizer = optimizer
         self._probe = None if probe is None else Probe.of(probe, tokenizer, self._model, examples, tokens)
         self._exact: set[str] = set()
@@ -136,7 +139,7 @@ class Watch:
         self._captures = 0
         self._autocast: tuple[str, torch.dtype] | None = None
         self._busy = False
-        self._foreign: WeakSet[Optimizer] = WeakSet()
+        self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._off = ""
         self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
@@ -155,18 +158,30 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._writer is not None:
             raise HeadscopeError(f"this watch of {self.out} has been used; make a new one with headscope.watch(...)")
+        if isinstance(self._model, torch.jit.ScriptModule):
+            raise NotSupported(
+                f"cannot watch {type(self._model).__name__}: a scripted model runs no Python; "
+                f"watch the module that it was made of"
+            )
         self._writer = Writer(self.out, self._facts(), self._say, max_bytes=self._max_bytes)
         atexit.register(self._at_exit)
-        self._handles.append(self._model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
-        hook = self._on_step
+        try:
+            self._begin_hooks()
+            if self._probe is not None:
+                with self._guarded("the probe"):
+                    self._begin(self._probe)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _begin_hooks(self) -> None:
+        self._handles.append(self._model.register_forward_pre_hook(_Hook(self._on_forward), with_kwargs=True))
+        hook = _Hook(self._on_step)
         if self._optimizer is not None:
             self._handles.append(self._optimizer.register_step_post_hook(hook))
         else:
             self._handles.append(register_optimizer_step_post_hook(hook))
-        if self._probe is not None:
-            with self._guarded("the probe"):
-                self._begin(self._probe)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -185,8 +200,19 @@ class Watch:
             return
         atexit.unregister(self._at_exit)
         self._unhook()
-        if state == "ended" and self._step > self._captured:
-            self._capture()
+        try:
+            if state == "ended" and self._step > self._captured:
+                self._capture()
+            self._name_silence()
+        except BaseException as error:
+            state, message = "stopped", f"{type(error).__name__} at step {self._step}"
+            raise
+        finally:
+            with self._guarded("the end", turn_off=False):
+                self._writer.close(state, message or self._off)
+
+    def _name_silence(self) -> None:
+        """Says so if there was no training to watch."""
         if not self._forwards["train"] + self._forwards["eval"]:
             self._say(
                 f"nothing was watched: the forward of {type(self._model).__name__} was never called within the watch"
@@ -196,10 +222,6 @@ class Watch:
                 "no optimiser step was seen: pass optimizer= if it does not train this model's own parameters, or call "
                 "watch.step() after each step"
             )
-        try:
-            self._writer.close(state, message or self._off)
-        except Exception as problem:
-            self._say(f"the end was not written to {self.out}: {type(problem).__name__}: {problem}")
 
     def _at_exit(self) -> None:
         self.close("stopped", f"the process ended at step {self._step} without leaving the watch")
@@ -302,7 +324,11 @@ class Watch:
     def _capture(self) -> None:
         """Runs the probe, if there is one and the writer has room, and hands what it gave to the writer."""
         writer = self._running()
-        if self._probe is None or self._off or self._busy or not writer.ready():
+        probe = self._probe
+        if probe is None or self._off or self._busy or not writer.ready():
+            return
+        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in self._model.parameters()):
+            self._say(f"step {self._step} is not captured: the model has parameters that its first forward will make")
             return
         with self._pace.timed(), self._guarded("the capture"), self._busily():
             record = Record(
@@ -310,9 +336,15 @@ class Watch:
             )
 
             def on_call(batch: int, call: Call) -> None:
+                examples = probe.batches[batch].examples
+                if call.q.shape[0] != examples:
+                    raise NotSupported(
+                        f"its batch is {call.q.shape[0]}, the probe's {examples}; heads, windows or beams that are "
+                        f"folded into the batch are not captured"
+                    )
                 record.add(call, mode="probe", batch=batch)
 
-            passes = run(self._model, self._probe, autocast=self._autocast, on_call=on_call)
+            passes = run(self._model, probe, autocast=self._autocast, on_call=on_call)
             for done in passes:
                 record.add_output(
                     mode="probe", batch=done.batch, logits=done.logits, predictions=done.predictions, loss=done.loss
@@ -392,6 +424,29 @@ class Watch:
                 self._off = message
                 message += "; training goes on, captures are off"
             self._say(message, kind=f"{what} {type(problem).__name__}")
+
+
+class _Hook:
+    """A hook that holds its watch weakly, and stays behind when what it hangs on is copied or saved."""
+
+    def __init__(self, method: Callable[..., None]) -> None:
+        self._method = weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        method = self._method()
+        if method is not None:
+            method(*args)
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _DEAF
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (_LOGGER, "debug")
+
+
+# What a copied or saved model has in a hook's place: takes anything, does nothing, and needs no Headscope to be loaded.
+_LOGGER = logging.getLogger("headscope")
+_DEAF = _LOGGER.debug
 
 
 class Pace:
