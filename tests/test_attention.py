@@ -338,3 +338,28 @@ def test_the_check_of_a_diverged_model_is_infinite_and_quiet() -> None:
         call |= {"check": {"example": 1, "rows": [0, 1]}}
         output = np.ones((1, HEADS, 2, DIM), np.float32)
         assert attention.self_check(call, {"q": q, "k": k, "v": v[1:2], "output": output}) == math.inf
+
+
+def test_rows_that_attend_to_nothing_may_only_give_what_kernels_give_there() -> None:
+    rng = np.random.default_rng(0)
+    v = rng.standard_normal((1, 2, 5, 3)).astype(np.float32)
+    attended = np.zeros((1, 4, 2, 5), np.float32)
+    attended[..., 0, :] = 0.2
+    live = np.repeat(v.mean(2, keepdims=True), 2, 1)
+    for dead in (np.zeros_like(live), np.full_like(live, np.nan), live):
+        assert attention.disagreement(attended, v, np.concatenate([live, dead], 2)) < 1e-6
+    assert attention.disagreement(attended, v, np.concatenate([live, live + 9], 2)) == float("inf")
+    assert np.isnan(attention.disagreement(np.zeros_like(attended), v, np.concatenate([live, live], 2)))
+
+
+def test_scores_are_rounded_where_the_kernel_rounds_them() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 6, 16, dtype=torch.bfloat16) * 4 for _ in range(2))
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.25
+    wanted = torch.softmax(scores, -1, dtype=torch.float32).numpy()
+    arrays = [t.float().numpy() for t in (q, k)]
+    rounding = attention.rounding_of("transformers:eager", "bfloat16")
+    assert np.abs(attention.weights(*arrays, scale=0.25, rounding=rounding) - wanted).max() < 1e-6
+    assert np.abs(attention.weights(*arrays, scale=0.25) - wanted).max() > 1e-3
+    assert attention.rounding_of("transformers:sdpa", "bfloat16") is None
+    assert attention.rounding_of("transformers:eager", "float32") is None

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import models
 from headscope import attention
-from headscope.boundary import Call
+from headscope.boundary import Call, catching
 from headscope.capture import Probe, quiet, run, unwrap
 from headscope.errors import HeadscopeError
 
@@ -496,3 +496,18 @@ def test_errors_of_on_call_are_reasons_and_those_of_the_model_are_raised() -> No
     with pytest.raises(IndexError):
         run(model, Probe.of(models.tokens()["input_ids"] + models.VOCABULARY))
     assert model.training
+
+
+def test_a_16_bit_eager_model_with_large_logits_passes_its_self_check() -> None:
+    model = models.widened(models.llama("eager"), 6.0).to(torch.bfloat16)
+    with catching(model) as caught, torch.no_grad():
+        model(**models.tokens())
+    for call in caught.calls:
+        arrays = {name: getattr(call, name).float().numpy() for name in ("q", "k", "v", "output")}
+        mask = None if call.mask is None else call.mask.numpy()
+        terms = {"mask": mask, "scale": call.scale, "causal": call.causal}
+        rounding = attention.rounding_of(call.route, call.dtype)
+        for rounded, passes in ((rounding, True), (None, False)):
+            weights = attention.weights(arrays["q"], arrays["k"], rounding=rounded, **terms)
+            error = attention.disagreement(weights, arrays["v"], arrays["output"])
+            assert (error <= attention.LIMIT_16_BITS) == passes, error
