@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -466,3 +467,45 @@ def test_a_trainer_that_is_killed_leaves_whole_steps(tmp_path: Path) -> None:
     assert all(found == list(range(len(found))) for found in steps.values()), "no step is missing in between"
     assert sum(map(len, steps.values())) > 20
     assert write(tmp_path, [0]).attempt == 10
+
+
+def test_a_store_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = Writer(tmp_path, {}, said.append, closing_s=0.3)
+    stuck = threading.Event()
+
+    def finish(metadata: Json) -> tuple[Json, object]:
+        stuck.wait(20)
+        return metadata, None
+
+    run.submit(0, run.image(), finish)
+    began = time.monotonic()
+    run.close()
+    assert time.monotonic() - began < 5
+    assert said == [f"{tmp_path} did not answer for 0.3 s: 2 captures or so are not written"]
+    stuck.set()
+
+
+def test_thinning_that_fails_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("read-only file system")
+
+    said: list[str] = []
+    monkeypatch.setattr(store.obstore, "delete", refuse)
+    run = Writer(tmp_path, {}, said.append, max_bytes=1)
+    for step in range(4):
+        run.submit(step, run.image(), lambda metadata: (metadata, None))
+    run.close()
+    assert len(list(tmp_path.glob("a000/steps/*"))) == 4
+    live = json.loads((tmp_path / "live.json").read_text())
+    assert (live["skipped"], live["thinned"]) == (0, 0)
+    assert said == [f"thinning was not written to {tmp_path}: OSError: read-only file system"]
+
+
+def test_an_older_attempt_does_not_have_the_last_word(tmp_path: Path) -> None:
+    older, newer = (Writer(tmp_path, {}, print) for _ in range(2))
+    newer.submit(3, newer.image(), lambda metadata: (metadata, None))
+    older.close("failed", "Ctrl-C of the old one")
+    newer.close()
+    live = json.loads((tmp_path / "live.json").read_text())
+    assert (live["attempt"], live["state"], live["message"]) == (1, "ended", "")

@@ -35,6 +35,7 @@ PORT = 8265
 
 _POLL_S = 0.1
 _SIGN_OF_LIFE_S = 5.0
+_PROBLEM_S = 2.0
 _PORTS_TRIED = 20
 _SCRIPT = (
     'import { mount, httpSource } from "./static/headscope.js";\n'
@@ -81,7 +82,7 @@ def make_app(
     """
 
     def locked(request: Request) -> Response | None:
-        if secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
+        if not token or secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
             return None
         return _problem(
             403, "Forbidden", "the token is missing or wrong; open the address that `headscope serve` printed"
@@ -178,17 +179,16 @@ async def _events(trial: Trial, last: str, ending: Callable[[], bool]) -> AsyncI
     sent = _Sent.of(last)
     yield "retry: 1000\n\n"
     while not ending():
-        began = time.monotonic()
+        began, least_s = time.monotonic(), _POLL_S
         try:
             event = await run_in_threadpool(sent.news, trial)
         except HeadscopeError as problem:
-            event = (
-                f"event: problem\ndata: {json.dumps({'error': type(problem).__name__, 'message': str(problem)})}\n\n"
-            )
+            said = json.dumps({"error": type(problem).__name__, "message": str(problem)})
+            event, least_s = f"event: problem\ndata: {said}\n\n", _PROBLEM_S
         if event:
             yield event
         # A slow listing is not asked for more than a twentieth of the time.
-        await anyio.sleep(max(_POLL_S, 20 * (time.monotonic() - began) if not event else 0))
+        await anyio.sleep(least_s if event else max(least_s, 20 * (time.monotonic() - began)))
 
 
 def _loopback(host: str) -> bool:
@@ -206,7 +206,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     problem: OSError | None = None
-    for candidate in range(port, port + (_PORTS_TRIED if port else 1)):
+    for candidate in range(port, min(65536, port + (_PORTS_TRIED if port else 1))):
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -239,9 +239,10 @@ def serve(
     """
     sock = listen(host, port)
     token = "" if _loopback(host) else secrets.token_urlsafe(16)
-    shown = f"[{host}]" if ":" in host else host
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    shown = f"[{name}]" if ":" in name else name
     address = f"http://{shown}:{sock.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if _loopback(host) else ["*"]
+    hosts = ["127.0.0.1", "localhost", "[::1]", host] if _loopback(host) else ["*"]
     trial = Trial(path, refresh_s=_POLL_S / 2)
     app = make_app(trial, token=token, hosts=hosts, ending=lambda: server.should_exit)
     # An open event stream would keep uvicorn from ending: it waits for it without a limit of its own.

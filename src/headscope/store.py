@@ -15,6 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +61,8 @@ class StepFile(NamedTuple):
         match = _STEP.fullmatch(name)
         if match is None:
             return None
-        attempt, step, rank, world, layout = match.groups()
-        return cls(name, size, int(attempt), int(step), int(rank), int(world), layout)
+        attempt, step, rank, world = map(int, match.group(1, 2, 3, 4))
+        return cls(name, size, attempt, step, rank, world, match[5])
 
     def differs(self, header: Header) -> list[str]:
         """What its metadata says of itself that its name does not."""
@@ -97,6 +98,7 @@ class Files:
         self.path = str(path)
         self._sized = sized
         self._local = None if "://" in self.path else Path(self.path).expanduser().absolute()
+        self.remote = self._local is None
         self._store: ObjectStore | None = None
         self._seen: dict[str, tuple[int, list[str]]] = {}
 
@@ -160,11 +162,11 @@ class Files:
         elif folder and folder < after:
             return
         asked = len(names) - self._sized if self._sized is not None and folder.endswith("/steps/") else 0
-        for place, name in enumerate(names):
+        if asked > 0:
+            yield from [(folder + name, -1, "") for name in names[:asked] if "#" not in name and name.isprintable()]
+            names = names[asked:]
+        for name in names:
             if _STAGED.search(name) or (not folder and name <= after) or not name.isprintable():
-                continue
-            if place < asked:
-                yield folder + name, -1, ""
                 continue
             try:
                 found = os.stat(root / (folder + name))  # noqa: PTH116 - twice as fast as Path.stat
@@ -175,10 +177,8 @@ class Files:
 
     def _whole(self, name: str) -> None:
         """Refuses what is no plain file: reading a pipe would not end."""
-        if self._local is not None:
-            found = self._local / name
-            if found.exists() and not found.is_file():
-                raise StoreError(f"{name} in {self.path} is not a file")
+        if self._local is not None and not stat.S_ISREG(os.stat(f"{self._local}/{name}").st_mode):  # noqa: PTH116
+            raise StoreError(f"{name} in {self.path} is not a file")
 
     def get(self, name: str, most: int = _LARGEST_WHOLE) -> bytes | None:
         """A whole file, or None if there is none.
@@ -225,20 +225,34 @@ class Files:
         return found
 
     def _ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        store = self._ready()
-        if store is None:
-            raise Unreachable(f"cannot read {name}: {self.path} is gone")
         try:
-            self._whole(name)
-            starts, ends = [start for start, _ in spans], [end for _, end in spans]
-            found = obstore.get_ranges(store, name, starts=starts, ends=ends)
+            found = self._from_disk(name, spans) if self._local is not None else self._from_store(name, spans)
         except (BaseError, OSError, ValueError) as problem:
             raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
-        pieces = [bytes(piece) for piece in found]
-        for piece, (start, end) in zip(pieces, spans, strict=True):
+        for piece, (start, end) in zip(found, spans, strict=True):
             if len(piece) != end - start:
                 raise Unreachable(f"{name}: bytes {start} to {end} were asked for, {len(piece)} bytes came")
-        return pieces
+        return found
+
+    def _from_store(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        store = self._ready()
+        assert store is not None
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        return [bytes(piece) for piece in obstore.get_ranges(store, name, starts=starts, ends=ends)]
+
+    def _from_disk(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """As `_from_store`, in a fifth of the time; a pipe is not waited for."""
+        descriptor = os.open(f"{self._local}/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError("it is not a file")
+            return [os.pread(descriptor, end - start, start) for start, end in spans]
+        finally:
+            os.close(descriptor)
+
+    def span(self, name: str, start: int, end: int) -> bytes:
+        """A file's bytes from `start` to `end`."""
+        return self._ranges(name, [(start, end)])[0]
 
     def header(self, name: str, size: int, like: Header | None = None) -> Header:
         """The header of a file of `size` bytes: one ranged read, two if it is long; `like` as in `parse_header`."""
@@ -322,6 +336,7 @@ class Writer:
         path: folder or `s3://`, `gs://` address of the run; made if missing.
         facts: of the attempt, for `attempt.json`.
         say: told once of each kind of problem, in one line.
+        closing_s: how long `close` waits for what is not written yet.
         max_bytes: of all steps of this attempt; above it, older steps are thinned.
     """
 
@@ -330,6 +345,7 @@ class Writer:
     say: Callable[[str], None]
     interval_s: float = 2.0
     patience_s: float = 5.0
+    closing_s: float = 60.0
     max_bytes: int | None = None
     attempt: int = field(init=False)
     skipped: int = field(init=False, default=0)
@@ -440,12 +456,18 @@ class Writer:
         """Writes what is waiting, and how training ended; a message that was noted stays if none is given."""
         if not self.running:
             return
-        self._queue.put(_END)
-        self._thread.join()
+        until = time.monotonic() + self.closing_s
+        with suppress(queue.Full):
+            self._queue.put(_END, timeout=self.closing_s)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self.running:
+            waiting = self._queue.unfinished_tasks
+            self._tell(f"{self.path} did not answer for {self.closing_s:g} s: {waiting} captures or so are not written")
+            return
         with self._lock:
             self._live |= {"state": state, "message": message or self._live["message"]}
         self._guarded("the end", self._flush)
-        self._guarded("live.json", self._put_live)
+        self._guarded("live.json", self._put_last)
 
     def _put(self, name: str, blob: bytes | memoryview) -> None:
         obstore.put(self._store, name, blob, use_multipart=False)
@@ -487,6 +509,7 @@ class Writer:
     def _write(self, job: _Job) -> None:
         if not self._guarded(f"step {job.step}", lambda: self._put_step(job), "step"):
             self.skipped += 1
+        self._guarded("thinning", self._thin, "thinning")
         with self._lock:
             self._free.append(job.image)
 
@@ -501,7 +524,6 @@ class Writer:
         self._put(name, blob)
         self._live["step"] = job.step
         self._sizes[job.step] = (name, len(blob))
-        self._thin()
 
     def _thin(self) -> None:
         """Deletes steps until those left are within `max_bytes`: the older, the wider apart."""
@@ -513,12 +535,21 @@ class Writer:
                 steps[i]: (steps[i + 1] - steps[i - 1]) / (1 + steps[-1] - steps[i]) for i in range(1, len(steps) - 1)
             }
             least = min(gaps, key=gaps.__getitem__)
-            obstore.delete(self._store, self._sizes.pop(least)[0])
+            obstore.delete(self._store, self._sizes[least][0])
+            del self._sizes[least]
             steps.remove(least)
             self._thinned += 1
             self._tell(
                 f"captures of this run reached {self.max_bytes:,} bytes: older steps are thinned from now on", "thin"
             )
+
+    def _put_last(self) -> None:
+        """The last word, unless a later attempt has taken it."""
+        with suppress(FileNotFoundError, ValueError):
+            newest = json.loads(bytes(obstore.get(self._store, "live.json").bytes()))
+            if newest["attempt"] > self.attempt:
+                return
+        self._put_live()
 
     def _put_live(self) -> None:
         with self._lock:
