@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check pictures web web-check clean
+.PHONY: setup demo test test-slow test-hostile check pictures web web-check clean
 
 demo: .venv/demo ## train a small BERT, watched, with its page open
 	$(BIN)/headscope demo $(DEMO)
@@ -9,6 +9,12 @@ demo: .venv/demo ## train a small BERT, watched, with its page open
 test: .venv/test ## every test
 	$(BIN)/python tests/chromium.py
 	$(BIN)/pytest $(ARGS)
+
+test-hostile: .venv/test ## 10,000 broken and forged files; prints what came of them
+	$(BIN)/python tests/test_hostile.py 10000
+
+test-slow: .venv/test ## the tests that take minutes
+	$(BIN)/pytest -m slow $(ARGS)
 
 check: .venv/test ## format, lint, types; the front end too, where Node is
 	$(BIN)/ruff format --check .

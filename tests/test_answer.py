@@ -6,15 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+import models
 from golden import make
 from golden.synthetic import Call, examples, write
-from headscope import open_trial
+from headscope import boundary, open_trial, watch
 from headscope.answer import REPLY_BYTES, BadQuestion, answer, scalars
-from headscope.blob import decode, faults
-from headscope.errors import NoSuchName, NoSuchStep
+from headscope.blob import decode, encode, faults
+from headscope.errors import HeadscopeWarning, NoSuchName, NoSuchStep
+from headscope.record import Record
 from headscope.trial import Trial
+from runs import writer
 
 Array = NDArray[Any]
 LINES = {"ask": "lines", "step": 0, "layer": 0, "example": 0, "heads": [0], "first": 0, "count": 20, "top": 5}
@@ -64,6 +68,7 @@ def test_trial(tmp_path: Path) -> None:
     facts, tensors = asked(trial, ask="trial")
     assert tensors == {}
     age_s = facts["state"].pop("age_s")
+    assert facts.pop("run") == trial.identity != ""
     assert 0 <= age_s < 60
     assert facts == {
         "name": str(tmp_path),
@@ -179,7 +184,7 @@ def test_lines_facts_and_causal_keys(tmp_path: Path) -> None:
     assert check["error"] < 1e-5
     assert (check["limit"], check["note"]) == (0.02, "")
     shown = {"top": 6, "shown_first": 0, "shown_count": 6}
-    assert facts == {**shown, "causal": True, "route": "sdpa", "dtype": "float32", "scale": 0.5}
+    assert facts == {**shown, "mask": "causal", "withheld": "", "route": "sdpa", "dtype": "float32", "scale": 0.5}
     assert np.array_equal((tensors["key"] == -1).sum(-1)[0], 5 - np.arange(6))
 
 
@@ -254,6 +259,12 @@ def test_first_look_finds_what_changed_most(tmp_path: Path) -> None:
     assert facts["change"] == pytest.approx(changes[best], rel=1e-5)
     facts, _ = asked(trial, ask="first_look", step=0)
     assert facts == {"layer": 0, "head": 0, "example": 0, "change": 0.0}
+
+
+def test_first_look_passes_over_an_example_without_tokens(tmp_path: Path) -> None:
+    facts, _ = asked(run_of(tmp_path, (6, 0), steps=[0, 10]), ask="first_look", step=10)
+    assert facts["example"] == 0
+    assert facts["change"] > 0
 
 
 def test_first_look_passes_over_what_failed_its_check(tmp_path: Path) -> None:
@@ -371,3 +382,33 @@ def test_golden_replies_show_every_case() -> None:
     assert facts["trial"]["examples"][1]["label"] is None
     assert {question["ask"] for question in make.QUESTIONS.values()} == {"trial", "step", "lines", "first_look"}
     assert sum(path.stat().st_size for path in make.HERE.glob("*.safetensors")) < 64 * 1024
+
+
+def test_a_layer_between_other_tokens_is_not_drawn_under_the_examples_names(tmp_path: Path) -> None:
+    model = models.t5()
+    inputs = {"input_ids": torch.randint(3, 20, (2, 6)), "decoder_input_ids": torch.randint(3, 20, (2, 6))}
+    with pytest.warns(HeadscopeWarning, match="no optimiser step"), watch(model, tmp_path, probe=inputs):
+        model(**inputs)
+    trial = open_trial(tmp_path)
+    for index, layer in enumerate(trial.layers(0)):
+        facts, tensors = asked(trial, **{**LINES, "step": 0, "layer": index, "heads": [0]})
+        assert layer.named == ("decoder" not in layer.path)
+        assert bool(facts["withheld"]) == (not layer.named)
+        assert tensors["weight"].size == 0 if facts["withheld"] else tensors["weight"].size > 0
+    assert "attends between other tokens than the example's" in facts["withheld"]
+    assert asked(trial, ask="first_look", step=0)[0]["layer"] == 0
+
+
+def test_a_self_check_that_failed_in_a_later_batch_is_told(tmp_path: Path) -> None:
+    run = writer(tmp_path)
+    names = [["a", "b", "c"]]
+    run.put_probe(encode({}, {"tokens": json.dumps([names, names]), "texts": json.dumps([["x"], ["y"]])}))
+    record = Record(run.image(), kept=torch.float32, exact=set(), turn=0)
+    for batch, wrong in enumerate((0, 1)):
+        q, k, v = (torch.randn(1, 2, 3, 4) for _ in range(3))
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v) + wrong
+        record.add(boundary.Call("a", 0, "sdpa", q, k, v, output, scale=0.5), mode="probe", batch=batch)
+    run.submit(0, record.image, record.finish)
+    run.close()
+    facts, _ = asked(open_trial(tmp_path), ask="step", step=0)
+    assert facts["failed"] == [0] and facts["worst_check"] > 0.1

@@ -222,6 +222,63 @@ def test_a_tensor_without_a_checksum_is_a_fault() -> None:
     )
 
 
+def test_one_flipped_bit_of_the_header_is_found() -> None:
+    blob = encode({"probe/0/a.q": np.arange(6, dtype=np.float32)}, {"calls": "[]", "step": "7"})
+    length = struct.unpack("<Q", blob[:8])[0]
+    assert decode(blob)[1].sealed
+    assert next(iter(decode(blob)[1].metadata)) == "header"
+    for at in range(8, 8 + length, 7):
+        bad = bytearray(blob)
+        bad[at] ^= 1
+        try:
+            header = decode(bytes(bad), "f")[1]
+        except StoreError as problem:
+            assert str(problem).startswith("f: ")
+        else:
+            assert not header.sealed
+            assert at < 8 + 27, "a seal that is not recognised is told"
+
+
+def test_a_header_like_another_is_parsed_for_its_metadata_alone() -> None:
+    one, two = (encode({"a": np.full(3, n, np.int8)}, {"step": str(n)}) for n in (1, 2))
+    first = parse_header(one, len(one), "one")
+    header = parse_header(two, len(two), "two", first)
+    assert (header.entries, header.metadata["step"]) == (first.entries, "2")
+    other = encode({"b": np.full(3, 2, np.int8)}, {"step": "2"})
+    with pytest.raises(StoreError, match="other: its tensors are not those of one, which has the same layout id"):
+        parse_header(other, len(other), "other", first)
+    with pytest.raises(StoreError, match="two: the file has 4100 bytes, its header promises 4099"):
+        parse_header(two, len(two) + 1, "two", first)
+
+
+def test_whole_tensors_are_checked() -> None:
+    blob = bytearray(encode({"a": np.arange(3.0), "b": np.array([True])}, {}))
+    blob[-1] = 2
+    with pytest.raises(StoreError, match="f: tensor 'b' from byte 4120 on does not match its checksum"):
+        blobs.decode_sound(bytes(blob), "f")
+    with pytest.raises(StoreError, match="f: tensor 'b' is BOOL but holds bytes other than 0 and 1; it is damaged"):
+        blobs.truthful(decode(bytes(blob), "f")[0]["b"], "b", "f")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [('{"a":1,"a":2}', "a key stands twice"), ("[NaN]", "NaN is no JSON number"), ("[-Infinity]", "-Infinity is no")],
+)
+def test_json_is_strict(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        blobs.loads(text)
+
+
+def test_half_a_surrogate_pair_is_a_question_mark() -> None:
+    assert blobs.loads('["\\ud800", "\\ud83d\\ude00"]') == ["?", "\U0001f600"]
+
+
+def test_a_header_that_no_reader_takes_is_not_written() -> None:
+    image = Image()
+    with pytest.raises(StoreError, match="is longer than the 33554432 that readers take"):
+        image.seal({"tokens": "x" * (33 << 20)})
+
+
 def forged(header: str | bytes, data: int = 8) -> bytes:
     raw = header if isinstance(header, bytes) else header.encode()
     return struct.pack("<Q", len(raw)) + raw + bytes(data)
@@ -268,6 +325,8 @@ DAMAGED = {
     "not text": (forged(b"\xff\xfe\x00{"), "is not JSON as it should be"),
     "deep": (forged("[" * 100_000), "is not JSON as it should be"),
     "metadata a number": (forged('{"__metadata__":{"step":1}}', 0), "__metadata__ must hold strings only"),
+    "too many axes": (one_tensor(shape=str([1] * 40 + [8])), "tensor 'a' has 41 axes, at most 32 are allowed"),
+    "huge and empty": (one_tensor(shape=f"[0,{2**40},{2**40}]", offsets="[0,0]"), "does not fit its bytes 0 to 0"),
     "metadata a list": (forged('{"__metadata__":[]}', 0), "__metadata__ must hold strings only"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -319,3 +320,15 @@ def test_a_server_that_goes_and_comes_back(browser: Browser, tmp_path: Path) -> 
     with serving(tmp_path, page, address.rsplit(":", 1)[1].strip("/")):
         wait_shown(page, "step", "4")
     context.close()
+
+
+def test_a_run_that_is_deleted_and_made_anew(page: Page, tmp_path: Path) -> None:
+    run = make(tmp_path / "run", [0, 10, 20])
+    with serving(run, page) as address:
+        page.goto(address)
+        wait_shown(page, "step", "20")
+        shutil.rmtree(run)
+        page.wait_for_selector("text=Waiting for the first step")
+        make(run, [0, 5])
+        wait_shown(page, "step", "5")
+        assert page.get_attribute("input[name=step]", "max") == "1"

@@ -505,7 +505,7 @@ def test_a_16_bit_eager_model_with_large_logits_passes_its_self_check() -> None:
     for call in caught.calls:
         arrays = {name: getattr(call, name).float().numpy() for name in ("q", "k", "v", "output")}
         mask = None if call.mask is None else call.mask.numpy()
-        terms = {"mask": mask, "scale": call.scale, "causal": call.causal}
+        terms: dict[str, Any] = {"mask": mask, "scale": call.scale, "causal": call.causal}
         rounding = attention.rounding_of(call.route, call.dtype)
         for rounded, passes in ((rounding, True), (None, False)):
             weights = attention.weights(arrays["q"], arrays["k"], rounding=rounded, **terms)

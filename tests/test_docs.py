@@ -54,9 +54,12 @@ def training() -> dict[str, Any]:
         "loader": [batch] * 3,
         "texts": ["a dull film", "a fine one"],
         "tokenizer": Words(),
+        "train_set": [{"input_ids": list(range(3, 11)), "labels": 1}] * 4,
+        "eval_set": [{"input_ids": list(range(3, 11)), "labels": 0}],
     }
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
 @pytest.mark.parametrize("page", ["README", "guide"])
 def test_code_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

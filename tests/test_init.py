@@ -67,7 +67,7 @@ def test_the_version_is_the_packages() -> None:
 
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_names() -> None:
     with pytest.raises(
-        AttributeError, match=r"module 'headscope' has no attribute 'wach'; it has .*open_trial, watch$"
+        AttributeError, match=r"module 'headscope' has no attribute 'wach'; it has .*open_trial, replay, watch$"
     ):
         headscope.wach  # noqa: B018
 
@@ -83,7 +83,7 @@ import headscope
 """
 
 
-@pytest.mark.parametrize("name", ["watch"])
+@pytest.mark.parametrize("name", ["HeadscopeCallback", "replay", "watch"])
 def test_without_torch_watch_says_what_to_install(name: str) -> None:
     code = BLOCKED.format(blocked="torch")
     code += f"""

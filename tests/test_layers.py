@@ -12,11 +12,12 @@ RUNGS = [
     {"errors"},
     {"attention", "blob"},
     {"facts", "store"},
-    {"boundary", "statistics", "trial"},
+    {"boundary", "forwards", "ranks", "statistics", "trial"},
     {"capture", "monitors", "record", "audit"},
     {"why", "answer"},
     {"watch", "notebook", "server", "export"},
     {"demo", "integrations", "smdebug"},
+    {"replay"},
     {"cli"},
 ]
 RUNG = {module: number for number, rung in enumerate(RUNGS) for module in rung}
@@ -24,11 +25,24 @@ RUNG = {module: number for number, rung in enumerate(RUNGS) for module in rung}
 RUNG["__init__"] = len(RUNGS)
 RUNG["__main__"] = len(RUNGS) + 1
 
-WRITE_SIDE = {"boundary", "statistics", "capture", "record", "watch", "why", "demo", "integrations"}
+WRITE_SIDE = {
+    "boundary",
+    "forwards",
+    "ranks",
+    "statistics",
+    "capture",
+    "record",
+    "watch",
+    "why",
+    "demo",
+    "integrations",
+    "replay",
+}
 READ_SIDE = {"facts", "trial", "audit", "monitors", "answer", "notebook", "server", "export"}
 ALLOWED = {
     "torch": WRITE_SIDE,
-    "transformers": {"demo", "integrations"},
+    "transformers": {"demo", "integrations", "replay"},
+    "lightning": {"integrations"},
     "starlette": {"server"},
     "uvicorn": {"server"},
     "obstore": {"store"},

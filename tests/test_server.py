@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,3 +160,16 @@ def test_serving_a_run_that_comes_later_and_stopping_with_a_page_open(tmp_path: 
     finally:
         server.kill()
         server.communicate()
+
+
+def test_another_run_under_the_same_name_is_told_whole(tmp_path: Path) -> None:
+    trial, sent = Trial(tmp_path / "run"), _Sent()
+    make(tmp_path / "run", [0, 2, 30])
+    first = news(sent, trial)
+    shutil.rmtree(tmp_path / "run")
+    gone = news(sent, trial)
+    assert (gone["run"], gone["steps"], gone["state"]["state"]) == ("", [], "waiting")
+    make(tmp_path / "run", [0, 3])
+    again = news(sent, trial)
+    assert (again["attempt"], again["steps"]) == (0, [0, 3])
+    assert again["run"] not in ("", first["run"])

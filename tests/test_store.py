@@ -491,7 +491,7 @@ def test_thinning_that_fails_loses_no_step(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("read-only file system")
 
     said: list[str] = []
-    monkeypatch.setattr(store.obstore, "delete", refuse)
+    monkeypatch.setattr(obstore, "delete", refuse)
     run = Writer(tmp_path, {}, said.append, max_bytes=1)
     for step in range(4):
         run.submit(step, run.image(), lambda metadata: (metadata, None))

@@ -166,6 +166,44 @@ def test_a_tensor_knows_its_steps_and_modes(tmp_path: Path) -> None:
     assert [layer.mode for layer in run.layers(30, "train")] == ["train"]
 
 
+def test_one_head_over_all_steps_comes_at_once(tmp_path: Path) -> None:
+    writer = write(tmp_path, [0, 10, 20], [Call("a", heads=4, kv_heads=2)], close=False)
+    put(writer, 30, [Call("a", heads=4, kv_heads=2)], tokens=5)
+    writer.close()
+    run = open_trial(tmp_path)
+    q = run.tensor("a.q")
+    found = q.values([20, 0], example=1, head=3)
+    assert found.shape == (2, 6, 4)
+    assert np.array_equal(found, np.stack([q.value(step)[1, 3] for step in (20, 0)]))
+    assert q.values([0, 10], example=1).shape == (2, 4, 6, 4)
+    assert q.values([0, 10]).shape == (2, 2, 4, 6, 4)
+    assert q.values([]).shape == (0,)
+    with pytest.raises(ValueError, match=r"a\.q changes its shape between these steps; take value\(step\) one by one"):
+        q.values()
+    with pytest.raises(ValueError, match=r"a head of a\.q is chosen without an example; give example= too"):
+        q.values(head=1)
+    with pytest.raises(NoSuchName, match=r"a\.weights is rebuilt, not stored: take values\(\) of its q and k"):
+        run.tensor("a.weights").values()
+    with pytest.raises(NoSuchName, match=r"no 'a\.q' of mode 'train', batch 0, at step 0 of .*; that step has it as"):
+        q.values([0], mode="train")
+    with pytest.raises(NoSuchName, match=r"index 4 in 'probe/0/a\.q' of a000/steps/.*, whose axis has 4"):
+        q.values([0], example=0, head=4)
+
+
+def test_a_flipped_bit_in_a_whole_tensor_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, [0, 10])
+    file = steps_of(tmp_path)[1]
+    blob = bytearray(file.read_bytes())
+    blob[-3] ^= 16
+    file.write_bytes(blob)
+    run = open_trial(tmp_path)
+    with pytest.raises(
+        StoreError, match=r"a000/steps/0000000010.*: tensor 'probe/0/layer\.0\.v' from byte \d+ on does not"
+    ):
+        run.tensor("layer.0.v").value(10)
+    assert run.tensor("layer.0.v").value(0).shape == (1, 2, 6, 4)
+
+
 def test_weights_that_failed_their_check_warn(tmp_path: Path) -> None:
     write(tmp_path, [0], [Call("a", error=0.5), Call("b")])
     run = open_trial(tmp_path)
@@ -239,7 +277,7 @@ def test_a_refresh_costs_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = open_trial(tmp_path)
     counted = Counted(monkeypatch)
     assert run.steps() == [0, 10]
-    assert counted.calls == {"names": 1, "get": 1, "_ranges": 1}, "one listing, live.json, one header of the layout"
+    assert counted.calls == {"names": 1, "get": 2, "_ranges": 1}, "one listing, two small JSON files, one header"
     until(lambda: writer._queue.empty() and json.loads((tmp_path / "live.json").read_text())["step"] == 10)
     run.refresh()
     counted.calls.clear()
@@ -538,8 +576,9 @@ def test_a_folder_that_is_deleted_ends_reading_with_a_word(tmp_path: Path) -> No
     run = open_trial(tmp_path / "run")
     run.refresh()
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(StoreError, match=r"cannot read a000/steps/0000000010.* in .*run"):
-        run.tensor("layer.0.q").value(10)
+    with pytest.raises(NoSuchName, match=r"no tensor 'layer.0.q' in .*run; it has none"):
+        run.tensor("layer.0.q")
+    assert run.steps() == [] and run.state().state == "waiting"
 
 
 # Damage.
@@ -602,7 +641,7 @@ def test_a_damaged_probe_of_an_older_attempt_hides_nothing(tmp_path: Path) -> No
 def test_calls_that_are_described_wrongly_are_a_store_error() -> None:
     raw = {"path": "a", "call": 0, "mode": "probe", "batch": 0, "route": "sdpa", "heads": 2, "kv_heads": 2}
     raw |= {"scale": 1, "causal": False, "offset": 0, "window": None, "softcap": None, "mask": None, "bias": None}
-    raw |= {"sinks": False, "dropout": 0.0, "dtype": "float32", "kept": None}
+    raw |= {"sinks": False, "dropout": 0.0, "dtype": "float32", "kept": None, "named": True}
     layer = Layer.of(raw, "f")
     assert layer.check == Check()
     assert layer.check.passed

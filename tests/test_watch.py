@@ -848,7 +848,7 @@ def test_being_stopped_in_the_first_probe_leaves_nothing(tmp_path: Path, stop: t
 def test_a_scripted_model_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+        scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))  # type: ignore[no-untyped-call]
     with pytest.raises(NotSupported, match="a scripted model runs no Python; watch the module that it was made of"):
         watch(scripted, tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
@@ -899,17 +899,11 @@ def test_what_odd_forwards_change_is_put_back(tmp_path: Path) -> None:
 def test_attention_folded_into_the_batch_is_refused(tmp_path: Path) -> None:
     class Folded(Odd):
         def forward(self, input_ids: torch.Tensor, labels: Any = None) -> dict[str, torch.Tensor]:
-            q, k, v = (
-                part.unflatten(-1, (2, 4)).transpose(1, 2).flatten(0, 1)
-                for part in self.qkv(self.embedding(input_ids)).chunk(3, -1)
-            )
-            x = (
-                torch.nn.functional.scaled_dot_product_attention(q, k, v)
-                .unflatten(0, (-1, 2))
-                .transpose(1, 2)
-                .flatten(2)
-            )
-            return {"logits": self.out(x.mean(1))}
+            batch, length = input_ids.shape
+            parts = self.qkv(self.embedding(input_ids)).reshape(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            q, k, v = parts.reshape(3, batch * 2, length, 4)
+            x = torch.nn.functional.scaled_dot_product_attention(q, k, v).reshape(batch, 2, length, 4)
+            return {"logits": self.out(x.transpose(1, 2).reshape(batch, length, 8).mean(1))}
 
     caught = r"NO ATTENTION WAS CAUGHT .* its batch is 8, the probe's 4; heads, windows"
     with pytest.warns(HeadscopeWarning, match="no optimiser step"), pytest.warns(HeadscopeWarning, match=caught):

@@ -16,11 +16,14 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .integrations.huggingface import HeadscopeCallback
+    from .replay import replay
     from .trial import Trial, open_trial
     from .watch import watch
 
 __version__ = "0.1.0"
 __all__ = [
+    "HeadscopeCallback",
     "HeadscopeError",
     "HeadscopeWarning",
     "NoSuchName",
@@ -29,10 +32,17 @@ __all__ = [
     "TrainerGone",
     "Trial",
     "open_trial",
+    "replay",
     "watch",
 ]
 
-_HOMES = {"Trial": ".trial", "open_trial": ".trial", "watch": ".watch"}
+_HOMES = {
+    "HeadscopeCallback": ".integrations.huggingface",
+    "Trial": ".trial",
+    "open_trial": ".trial",
+    "replay": ".replay",
+    "watch": ".watch",
+}
 
 
 def __getattr__(name: str) -> Any:

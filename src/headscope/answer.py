@@ -10,7 +10,7 @@ import numpy as np
 
 from . import attention
 from .blob import Array, Json, encode
-from .errors import HeadscopeError, NoSuchName
+from .errors import HeadscopeError, NoSuchName, StoreError
 from .facts import Check, Example, Layer
 from .trial import Trial
 
@@ -19,6 +19,12 @@ _HEADER_ROOM = 64 << 10
 _SCALAR_ROWS = 1000
 _FIRST_LOOK_TOKENS = 128
 _WEIGHTS_AT_ONCE = 1 << 24
+
+
+_OTHER_TOKENS = (
+    "{layer} attends between other tokens than the example's (a decoder's own, cross-attention, or a prefix): "
+    "its weights can be read with open_trial and are not drawn yet."
+)
 
 
 class BadQuestion(HeadscopeError, ValueError):
@@ -49,10 +55,11 @@ def _whole(question: Mapping[str, Any], name: str, least: int = 0) -> int:
 
 
 def _trial(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
+    layers = newest_layers(trial)
     steps = trial.steps("probe")
-    layers = trial.layers(steps[-1]) if steps else []
     facts: Json = {
         "name": trial.path,
+        "run": trial.identity,
         "attempt": trial.attempt or 0,
         "state": state(trial),
         "steps": steps,
@@ -65,6 +72,17 @@ def _trial(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
         "scalars": scalars(trial),
     }
     return facts, {}
+
+
+def newest_layers(trial: Trial) -> list[Layer]:
+    """The attention calls of the newest step that can be read; a damaged one is passed over and listed as damaged."""
+    while steps := trial.steps("probe"):
+        try:
+            return trial.layers(steps[-1])
+        except StoreError:
+            if steps[-1] in trial.steps("probe"):
+                raise
+    return []
 
 
 def state(trial: Trial) -> Json:
@@ -101,7 +119,9 @@ def _extremes(steps: Array, values: Array) -> tuple[Array, Array]:
 
 def _step(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Array]]:
     step = _whole(question, "step")
-    checks = [layer.check for layer in trial.layers(step)]
+    batches = {example.batch for example in trial.examples()} | {0}
+    layers = [(index, layer.check) for b in sorted(batches) for index, layer in enumerate(trial.layers(step, batch=b))]
+    checks = [check for _, check in layers]
     errors = [check.error for check in checks if check.error is not None]
     loss = trial.loss(step)
     facts: Json = {
@@ -110,7 +130,7 @@ def _step(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, Ar
         "probabilities": [row if row and np.isfinite(row).all() else None for row in trial.probabilities(step)],
         "loss": loss if loss is not None and np.isfinite(loss) else None,
         "worst_check": max(errors, default=None),
-        "failed": [index for index, check in enumerate(checks) if not check.passed],
+        "failed": sorted({index for index, check in layers if not check.passed}),
         "forwards": trial.header(step).facts("forwards", dict),
     }
     return facts, {}
@@ -130,6 +150,19 @@ def _example_of(trial: Trial, index: int) -> Example:
     return examples[index]
 
 
+def _refuse_other_tokens(trial: Trial, step: int, example: Example, layer: Layer) -> None:
+    """Refuses a step whose q and k are not of the probe's examples."""
+    entries = trial.entries(step)
+    layer.fits(entries, trial.header(step).name)
+    q, k = (entries[layer.key(kind)].shape for kind in "qk")
+    last = int(example.positions.max(initial=-1))
+    if last >= min(q[2], k[2]) or example.row >= q[0]:
+        raise StoreError(
+            f"{trial.header(step).name}: example {example.index} is row {example.row} with tokens up to {last}, "
+            f"but {layer.name} has q {q} and k {k}; the probe is another"
+        )
+
+
 def check_facts(check: Check) -> Json:
     """A self-check as views and commands show it."""
     return {"error": check.error, "limit": check.limit, "note": check.note, "passed": check.passed}
@@ -144,6 +177,9 @@ def _lines(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
         raise BadQuestion(f"heads must be a list of head numbers, not {heads!r}")
     if len(heads) > layer.heads:
         raise BadQuestion(f"heads lists {len(heads)} heads, {layer.name} has {layer.heads}")
+    withheld = "" if layer.named else _OTHER_TOKENS.format(layer=layer.name)
+    if not withheld:
+        _refuse_other_tokens(trial, step, example, layer)
     first = min(first, max(len(example.positions) - 1, 0))
     positions = example.positions[first : first + count]
     tokens = min(len(positions), (REPLY_BYTES - _HEADER_ROOM) // (len(heads) * 12))
@@ -153,24 +189,31 @@ def _lines(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[str, A
         "top": top,
         "shown_first": first,
         "shown_count": len(positions),
-        "causal": layer.causal,
+        "mask": "causal" if layer.causal else "given" if layer.mask else "none",
+        "withheld": withheld,
         "check": check_facts(layer.check),
         "route": layer.route,
         "dtype": layer.dtype,
         "scale": layer.scale,
     }
-    if not layer.check.passed:
+    if withheld or not layer.check.passed:
         facts["top"] = 0
         shape = (len(heads), len(positions), 0)
         empty = {"weight": np.zeros(shape, np.float32), "key": np.zeros(shape, np.int32)}
         return facts, {**empty, "share": np.zeros(shape[:2], np.float32)}
-    each = max(1, _WEIGHTS_AT_ONCE // max(1, len(positions) * int(example.positions.max(initial=0) + 1)))
-    parts = []
+    keys = trial.entries(step)[layer.key("k")].shape[2]
+    some = max(1, min(len(positions), _WEIGHTS_AT_ONCE // max(1, keys)))
+    each = max(1, _WEIGHTS_AT_ONCE // max(1, some * keys))
+    columns = []
     for start in range(0, len(heads), each):
         part = heads[start : start + each]
-        found = trial.weights(step, layer, row=example.row, heads=part, queries=positions)[0]
-        parts.append((*attention.heaviest(found[:, :, positions], top), found.sum(axis=-1)))
-    key, weight, mass = (np.concatenate(column) for column in zip(*parts, strict=True))
+        rows = []
+        for begin in range(0, max(len(positions), 1), some):
+            queries = positions[begin : begin + some]
+            found = trial.weights(step, layer, row=example.row, heads=part, queries=queries)[0]
+            rows.append((*attention.heaviest(found[:, :, positions], top), found.sum(axis=-1)))
+        columns.append([np.concatenate(pieces, axis=1) for pieces in zip(*rows, strict=True)])
+    key, weight, mass = (np.concatenate(pieces) for pieces in zip(*columns, strict=True))
     share = np.divide(weight.sum(axis=-1), mass, out=np.zeros_like(mass), where=mass > 0)
     # Keys are counted in the example's own tokens: the window begins at `first`.
     key = np.where(key >= 0, key + first, -1).astype(np.int32)
@@ -185,15 +228,19 @@ def _first_look(trial: Trial, question: Mapping[str, Any]) -> tuple[Json, dict[s
     best: Json = {"layer": 0, "head": 0, "example": 0, "change": 0.0}
     start = steps[0]
     for index, (now, then) in enumerate(zip(trial.layers(step), trial.layers(start), strict=False)):
-        if not now.check.passed or not then.check.passed or now.numbers != then.numbers:
+        sound = all(layer.named and layer.check.passed for layer in (now, then))
+        if not sound or now.numbers != then.numbers:
             continue
         for example in examples[:8]:
-            if example.batch != now.batch:
+            if example.batch != now.batch or not len(example.positions):
                 continue
             at = example.positions[:_FIRST_LOOK_TOKENS]
             both = ((step, now), (start, then))
+            for at_step, call in both:
+                _refuse_other_tokens(trial, at_step, example, call)
             pair = [trial.weights(s, x, row=example.row, queries=at)[0][:, :, at] for s, x in both]
-            change = np.abs(pair[0] - pair[1]).mean(axis=(1, 2))
+            # A head that is not a number any more cannot be compared, and hides no other.
+            change = np.nan_to_num(np.abs(pair[0] - pair[1]).mean(axis=(1, 2)))
             head = int(change.argmax())
             if change[head] > best["change"]:
                 best = {

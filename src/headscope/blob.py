@@ -132,13 +132,15 @@ def parse_header(head: bytes, size: int, name: str, like: Header | None = None) 
     try:
         text = raw.decode()
         # After `{"__metadata__":`, where the seal says that the metadata is.
-        end = _DECODER.raw_decode(text, at - 11)[1] if sealed else 0
-        tail = text[end:].rstrip(" ")
+        metadata, end = _DECODER.raw_decode(text, at - 11) if sealed else ({}, 0)
         if like is not None and like.sealed and sealed:
-            if tail != like.tail or 8 + length != like.start:
+            tail, entries = like.tail, like.entries
+            rest = end + len(tail)
+            padded = text.startswith(tail, end) and text.count(" ", rest) == len(text) - rest
+            if 8 + length != like.start or not padded:
                 raise StoreError(f"{name}: its tensors are not those of {like.name}, which has the same layout id")
-            metadata, entries = _DECODER.raw_decode(text, at - 11)[0], like.entries
         else:
+            tail = text[end:].rstrip(" ")
             metadata, entries = _parsed(text, 8 + length, name)
     except (ValueError, RecursionError) as problem:
         raise StoreError(
@@ -290,6 +292,11 @@ def faults(blob: bytes, name: str) -> list[str]:
 def checksum(tensor: Array) -> str:
     """crc32c of a tensor's bytes, as 8 hex digits."""
     return f"{crc32c(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data):08x}"
+
+
+def checksum_of(piece: bytes, before: int = 0) -> int:
+    """crc32c of a piece of bytes that comes after what has the checksum `before`."""
+    return int(crc32c(piece, before))
 
 
 def array_of(raw: Any, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:

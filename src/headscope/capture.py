@@ -189,6 +189,9 @@ class Batch:
         mask: (batch, tokens) true is not padding; None where the tokens cannot be counted
         labels: (batch, ...) int64
         tokens: batch, tokens
+
+    Attributes:
+        trouble: why tokens are shown as numbers, though there is a tokenizer.
     """
 
     args: tuple[Any, ...]
@@ -199,6 +202,7 @@ class Batch:
     labels: NDArray[np.int64] | None
     tokens: list[list[str]]
     texts: list[str]
+    trouble: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,7 +352,15 @@ def _tokenised(
         tokenizer = copy.deepcopy(tokenizer)
     except Exception:  # One with parts in Python, say, that cannot be copied: it is used as it is.
         pass
-    rows = [dict(tokenizer(text, **cutting)) for text in texts]
+    rows = []
+    for text in texts:
+        try:
+            rows.append(dict(tokenizer(text, **cutting)))
+        except Exception as problem:
+            raise HeadscopeError(
+                f"the tokenizer {_said(tokenizer)} failed on the probe's text {text[:60]!r}: {type(problem).__name__}: "
+                f"{problem}; pass another, or batches that are tokenised already"
+            ) from problem
     batches = []
     for start in range(0, len(rows), TEXTS_PER_BATCH):
         part = slice(start, start + TEXTS_PER_BATCH)
@@ -432,7 +444,16 @@ def _batch(
     examples = _batch_size((args, kwargs)) or 0
     shown = [torch.arange(0 if read is None else read.shape[1])] * examples if ids is None else list(ids)
     kept = [row.bool() for row in mask] if mask is not None else [torch.ones(0, dtype=torch.bool)] * examples
-    tokens = [_names(row.tolist(), None if ids is None else tokenizer) for row in shown]
+    naming, trouble = None if ids is None else tokenizer, ""
+    real = [row[keep].tolist() for row, keep in zip(shown, kept, strict=True)]
+    try:
+        tokens = [_names(row.tolist(), naming) for row in shown]
+        texts = [_text(row, naming) for row in real]
+    except Exception as problem:
+        first = str(problem).strip().split("\n", 1)[0]
+        trouble = f"the tokenizer {_said(tokenizer)} failed, so tokens are numbers: {type(problem).__name__}: {first}"
+        tokens = [_names(row.tolist(), None) for row in shown]
+        texts = [_text(row, None) for row in real]
     return Batch(
         args=args,
         kwargs=kwargs,
@@ -441,9 +462,8 @@ def _batch(
         mask=None if mask is None else mask.bool().numpy(),
         labels=None if labels is None else labels.long().numpy(),
         tokens=tokens,
-        texts=[
-            _text(row[keep].tolist(), None if ids is None else tokenizer) for row, keep in zip(shown, kept, strict=True)
-        ],
+        texts=texts,
+        trouble=trouble,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: headscope demo | serve | info | check."""
+"""The command line: headscope demo | serve | info | check | replay."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import __version__
+from .answer import newest_layers
 from .audit import audit
 from .blob import Json
 from .errors import HeadscopeError, Missing, NoSuchName, shorten
@@ -54,6 +55,18 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=_port, default=None, metavar="P", help="the first port to try; 0 takes any")
     serve.add_argument("--browser", action="store_true", help="open the page")
     serve.set_defaults(command=_serve)
+
+    replay = commands.add_parser("replay", help="run examples through checkpoints that exist, into a run")
+    replay.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINTS", help="checkpoint-* folders, or what they are in"
+    )
+    replay.add_argument(
+        "--probe", required=True, metavar="FILE", help="a text per line, tab and label after it; or .jsonl"
+    )
+    replay.add_argument("--out", required=True, metavar="RUN", help="where the run is written")
+    replay.add_argument("--tokenizer", metavar="DIR", help="of the model, where the checkpoints have none")
+    replay.add_argument("--dtype", choices=["float16", "float32"], help="how q and k of a float32 model are kept")
+    replay.set_defaults(command=_replay)
 
     info = commands.add_parser("info", help="what is in a run")
     check = commands.add_parser("check", help="read every file, every checksum, and repeat every self-check")
@@ -101,6 +114,30 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(args: argparse.Namespace) -> int:
+    from . import replay
+    from .replay import load_tokenizer, read_examples
+
+    probe = read_examples(args.probe)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("replaying", total=None)
+        done = replay(
+            args.checkpoints,
+            args.out,
+            probe=probe,
+            tokenizer=tokenizer,
+            dtype=args.dtype,
+            progress=lambda number, total: progress.update(task, completed=number, total=total),
+        )
+    for name, reason in done.skipped.items():
+        print(f"SKIPPED {name}: {reason}")
+    print(
+        f"{args.out}: {len(done.steps)} checkpoints replayed, steps {shorten(done.steps)}; {len(done.skipped)} skipped"
+    )
+    return 1 if done.skipped else 0
+
+
 def facts(trial: Trial) -> Json:
     """What is in a run, as JSON values.
 
@@ -112,8 +149,9 @@ def facts(trial: Trial) -> Json:
         raise NoSuchName(
             f"no run in {trial.path}: nothing is there; give the folder that was passed to headscope.watch"
         )
-    steps, state = trial.steps(), trial.state()
-    layers = trial.layers(steps[-1]) if steps else []
+    state = trial.state()
+    layers = newest_layers(trial)
+    steps = trial.steps()
     errors = [layer.check.error for layer in layers if layer.check.error is not None]
     return {
         "run": trial.path,

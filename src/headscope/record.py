@@ -93,13 +93,17 @@ class Record:
         self._keeping = keeping or Keeping()
         self._shared: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
-    def add(self, call: Call, *, mode: str, batch: int) -> None:
-        """Copies one attention call, if it is one of those that are kept."""
+    def add(self, call: Call, *, mode: str, batch: int, named: bool = True) -> None:
+        """Copies one attention call, if it is one of those that are kept.
+
+        Args:
+            named: its queries and its keys are the tokens of the examples, in their order.
+        """
         numbers = self._keeping.heads_of(call.path, call.q.shape[1])
         if numbers is not None and not numbers:
             self.left_out += 1
             return
-        facts = {**call.facts(), "kept": numbers}
+        facts = {**call.facts(), "kept": numbers, "named": named}
         if numbers is not None:
             call = _only(call, numbers)
         prefix = f"{mode}/{batch}/"

@@ -142,6 +142,7 @@ def _reply(trial: Trial, text: str) -> Response:
 class _Sent:
     """What one page has been told; its text form is the event's id."""
 
+    run: str = ""
     attempt: int = -1
     step: int = -1
     rows: dict[str, int] = field(default_factory=dict)
@@ -152,15 +153,18 @@ class _Sent:
     def of(cls, text: str) -> _Sent:
         try:
             raw = json.loads(text)
-            return cls(int(raw["attempt"]), int(raw["step"]), {str(k): int(v) for k, v in raw["rows"].items()})
+            return cls(
+                str(raw["run"]), int(raw["attempt"]), int(raw["step"]), {str(k): int(v) for k, v in raw["rows"].items()}
+            )
         except (ValueError, TypeError, KeyError, AttributeError):
             return cls()
 
     def news(self, trial: Trial) -> str:
         """The next event, or nothing if nothing has changed."""
         steps, attempt, now = trial.steps("probe"), trial.attempt or 0, state(trial)
-        if attempt != self.attempt:
-            self.attempt, self.step, self.rows = attempt, -1, {}
+        run = trial.identity
+        if (run, attempt) != (self.run, self.attempt):
+            self.run, self.attempt, self.step, self.rows = run, attempt, -1, {}
         fresh = [step for step in steps if step > self.step]
         rows = scalars(trial, self.rows)
         visible = {key: value for key, value in now.items() if key != "age_s"}
@@ -170,8 +174,8 @@ class _Sent:
         self.state, self.at = visible, time.monotonic()
         self.step = max([self.step, *fresh])
         self.rows |= {name: found["step"][-1] for name, found in rows.items()}
-        mark = json.dumps({"attempt": attempt, "step": self.step, "rows": self.rows})
-        data = json.dumps({"attempt": attempt, "steps": fresh, "state": now, "scalars": rows})
+        mark = json.dumps({"run": run, "attempt": attempt, "step": self.step, "rows": self.rows})
+        data = json.dumps({"run": run, "attempt": attempt, "steps": fresh, "state": now, "scalars": rows})
         return f"event: trial\nid: {mark}\ndata: {data}\n\n"
 
 

@@ -1,7 +1,8 @@
 """The files of a run: put a step whole, read any part of it, survive a crash.
 
-`docs/format.md` says what lies where. All access is through obstore, so that a folder, `s3://` and `gs://` behave
-alike. One put makes a file visible as a whole; nothing that readers rely on is ever changed afterwards.
+`docs/format.md` says what lies where. Access is through obstore, so that a folder, `s3://` and `gs://` behave alike;
+but a folder is listed and read by hand, many times as fast and without following pipes or links to elsewhere. One put
+makes a file visible as a whole; nothing that readers rely on is ever changed afterwards.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _STEP = re.compile(r"a(\d{3})/steps/(\d{10})-r(\d{5})-of-(\d{5})-([0-9a-f]{8})\.
 _BLOCK = re.compile(r"a(\d{3})/timeline/r(\d{5})-(\d{5})\.safetensors", re.ASCII)
 _ATTEMPT = re.compile(r"a\d{3}", re.ASCII)
 _STAGED = re.compile(r"#\d+$")
+_OURS = re.compile(r"(headscope|live|attempt)\.json#\d+|[\w-]+\.safetensors#\d+", re.ASCII)
+_STALE_S = 60.0
 _LARGEST_JSON = 16 << 20
 _LARGEST_WHOLE = 1 << 30
 _SETTLED_S = 2.0
@@ -61,8 +64,8 @@ class StepFile(NamedTuple):
         match = _STEP.fullmatch(name)
         if match is None:
             return None
-        attempt, step, rank, world = map(int, match.group(1, 2, 3, 4))
-        return cls(name, size, attempt, step, rank, world, match[5])
+        attempt, step, rank, world, layout = match.groups()
+        return cls._make((name, size, int(attempt), int(step), int(rank), int(world), layout))
 
     def differs(self, header: Header) -> list[str]:
         """What its metadata says of itself that its name does not."""
@@ -80,7 +83,17 @@ def block_of(name: str) -> tuple[int, int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
 
+_opened_in: set[int] = set()
+
+
 def _open(path: str | Path, *, create: bool) -> ObjectStore:
+    # obstore 0.12's threads do not live on in a forked process, where it would wait for them for ever.
+    _opened_in.add(os.getpid())
+    if len(_opened_in) > 1:
+        raise StoreError(
+            f"{str(path)!r} cannot be opened in this process: it was forked from one that had a run open already; "
+            f"start it by multiprocessing's 'spawn' or 'forkserver'"
+        )
     if "://" in str(path):
         return from_url(str(path))
     return LocalStore(str(Path(path).expanduser().absolute()), mkdir=create)
@@ -203,10 +216,11 @@ class Files:
 
     def size(self, name: str) -> int:
         """How many bytes a file has."""
-        store = self._ready()
         try:
-            if store is None:
-                raise FileNotFoundError(f"{self.path} is gone")
+            if self._local is not None:
+                return os.stat(f"{self._local}/{name}").st_size  # noqa: PTH116
+            store = self._ready()
+            assert store is not None
             return int(obstore.head(store, name)["size"])
         except (BaseError, OSError) as problem:
             raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
@@ -227,6 +241,13 @@ class Files:
     def _ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         try:
             found = self._from_disk(name, spans) if self._local is not None else self._from_store(name, spans)
+        except FileNotFoundError as problem:
+            gone = self._local is not None and not self._local.is_dir()
+            raise Unreachable(
+                f"cannot read {name}: {self.path} is gone"
+                if gone
+                else f"cannot read {name} in {self.path}: {_short(problem)}"
+            ) from None
         except (BaseError, OSError, ValueError) as problem:
             raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
         for piece, (start, end) in zip(found, spans, strict=True):
@@ -355,6 +376,7 @@ class Writer:
             self._store = _open(self.path, create=True)
             self._create("headscope.json", {"format": FORMAT, "created": time.time()})
             self.attempt = self._claim()
+            self._sweep()
         except (BaseError, OSError) as problem:
             raise StoreError(
                 f"cannot write to {str(self.path)!r}: {_short(problem)}; choose a folder that can be written"
@@ -366,12 +388,17 @@ class Writer:
         self._block = 0
         self._dirty = False
         self._told: set[str] = set()
-        self._tired = False
+        self._tired = self._left = False
         self._sizes: dict[int, tuple[str, int]] = {}
         self._thinned = 0
         self._live: Json = {"state": "training", "step": None, "attempt": self.attempt, "counter": 0, "message": ""}
         self._thread = threading.Thread(target=self._work, name="headscope-writer", daemon=True)
-        self._put_live()
+        try:
+            self._put_live()
+        except (BaseError, OSError) as problem:
+            raise StoreError(
+                f"cannot write to {str(self.path)!r}: {_short(problem)}; choose a folder that can be written"
+            ) from None
         self._thread.start()
 
     def _create(self, name: str, facts: Json) -> bool:
@@ -390,6 +417,20 @@ class Writer:
                 return attempt
             attempt += 1
         raise StoreError(f"{str(self.path)!r} has 1,000 attempts; choose another folder")
+
+    def _sweep(self) -> None:
+        """Deletes what puts of killed trainers left half written; what is younger may be another writer's."""
+        if "://" in str(self.path):
+            return
+        root = Path(self.path).expanduser().absolute()
+        folders = [
+            folder for n in range(self.attempt) for folder in (f"a{n:03d}", f"a{n:03d}/steps", f"a{n:03d}/timeline")
+        ]
+        for folder in ("", *folders):
+            with suppress(OSError):
+                for file in (root / folder).iterdir():
+                    if _OURS.fullmatch(file.name) and time.time() - file.lstat().st_mtime > _STALE_S:
+                        file.unlink()
 
     def put_probe(self, blob: bytes) -> None:
         """Puts the fixed examples, now: they must be there before the first step is."""
@@ -460,12 +501,16 @@ class Writer:
         with suppress(queue.Full):
             self._queue.put(_END, timeout=self.closing_s)
         self._thread.join(max(0.0, until - time.monotonic()))
-        if self.running:
-            waiting = self._queue.unfinished_tasks
-            self._tell(f"{self.path} did not answer for {self.closing_s:g} s: {waiting} captures or so are not written")
-            return
         with self._lock:
             self._live |= {"state": state, "message": message or self._live["message"]}
+        if self.running:
+            self._left = True
+            waiting = self._queue.qsize() + 1
+            self._tell(f"{self.path} did not answer for {self.closing_s:g} s: {waiting} captures or so are not written")
+            return
+        self._end()
+
+    def _end(self) -> None:
         self._guarded("the end", self._flush)
         self._guarded("live.json", self._put_last)
 
@@ -481,9 +526,13 @@ class Writer:
     def _guarded(self, what: str, action: Callable[[], None], kind: str = "") -> bool:
         try:
             action()
-        except Exception as problem:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as problem:  # A panic within obstore is no Exception.
             message = f"{what} was not written to {self.path}: {type(problem).__name__}: {_short(problem)}"
-            self._tell(message, f"{kind or what} {type(problem).__name__}")
+            # One line for a disk that is full, whatever it was too full for.
+            disk = re.search(r"\(os error \d+\)", message)
+            self._tell(message, disk[0] if disk else f"{kind or what} {type(problem).__name__}")
             return False
         return True
 
@@ -494,7 +543,9 @@ class Writer:
                 job = self._queue.get(timeout=_TICK_S)
             except queue.Empty:
                 job = None
-            if job is _END:
+            if job is _END or (job is None and self._left):
+                if self._left:
+                    self._end()
                 return
             if job is not None:
                 self._write(job)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,27 +19,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import attention
-from .blob import Array, Entry, Header, Json, decode
-from .errors import HeadscopeWarning, NoSuchName, NoSuchStep, StoreError, TrainerGone, nearest, shorten
-from .facts import Example, Layer, State, examples_of
-from .store import Files, StepFile, Unreachable, block_of
+from .blob import Array, Entry, Header, Json, decode_sound, verify
+from .errors import HeadscopeWarning, NoSuchName, NoSuchStep, NotSupported, StoreError, TrainerGone, nearest, shorten
+from .facts import Example, Layer, State, examples_of, live_of
+from .store import FORMAT, Files, StepFile, Unreachable, block_of
 
 _POLL_S = 0.1
 _HEADERS_KEPT = 512
+_LAYOUTS_KEPT = 1024
+_SIZED = 256
+_AT_ONCE = 64
 _TRIES = 3
-_KEY = re.compile(r"[a-z]+/\d{1,9}/.+")
+_KEY = re.compile(r"[a-z]+/(0|[1-9]\d{0,8})/.+", re.ASCII)
+_ATTEMPT = re.compile(r"a(\d{3})/attempt\.json", re.ASCII)
 
 
 @dataclass
 class _Attempt:
-    """What is known of one attempt."""
+    """What is known of one attempt.
+
+    `parts` are a step's, by rank; `order` are the complete steps; `first` is the first step that has a file at all.
+    """
 
     number: int
-    parts: dict[int, dict[int, StepFile]] = field(default_factory=dict)
+    first: int = 1 << 62
+    parts: dict[int, tuple[StepFile, ...]] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
     blocks: dict[str, str] = field(default_factory=dict)
 
-    def steps(self) -> list[int]:
-        return sorted(step for step, ranks in self.parts.items() if len(ranks) == next(iter(ranks.values())).world)
+    def add(self, part: StepFile) -> bool:
+        """Takes a part in; true if its step is complete by that."""
+        parts: tuple[StepFile, ...] = (part,)
+        if part.step in self.parts:
+            parts = tuple(sorted((part, *self.parts[part.step]), key=lambda one: one.rank))
+        self.parts[part.step] = parts
+        if len(parts) != part.world or [p for p in parts if p.world != part.world or p.rank >= part.world]:
+            return False
+        if not self.order or part.step > self.order[-1]:
+            self.order.append(part.step)
+        else:
+            bisect.insort(self.order, part.step)
+        return True
+
+    def drop(self, step: int) -> None:
+        if self.parts.pop(step, None) and step in self.order:
+            self.order.remove(step)
 
 
 class Trial:
@@ -55,7 +81,7 @@ class Trial:
         self._only = attempt
         self._refresh_s = refresh_s
         self._listed = float("-inf")
-        self._files = Files(path)
+        self._files = Files(path, sized=_SIZED)
         self._lock = threading.RLock()
         self._forget()
 
@@ -63,10 +89,14 @@ class Trial:
         self._attempts: dict[int, _Attempt] = {}
         self._versions: dict[str, str] = {}
         self._layouts: dict[str, Header] = {}
+        self._modes_of: dict[str, frozenset[str]] = {}
         self._headers: dict[str, Header] = {}
         self._rows: dict[str, tuple[str, dict[str, Array]]] = {}
         self._examples: dict[int, tuple[list[Example], Json]] = {}
         self._sources: dict[int, StepFile] = {}
+        self._order: list[int] = []
+        self._fresh: list[StepFile] = []
+        self._format = ""
         self._facts: dict[int, Json] = {}
         self._live: Json = {}
         self._live_version = ""
@@ -81,53 +111,89 @@ class Trial:
         """Looks once for what is new, and returns the new steps.
 
         One listing; beside it one small read for each layout that was never seen, and `live.json` if it changed.
+
+        Raises:
+            NotSupported: the run is of another format.
+            StoreError: it cannot be listed.
         """
         with self._lock:
             if time.monotonic() - self._listed < self._refresh_s:
                 return []
-            before = set(self._sources)
             listing = self._files.names(self._newest_name())
             created = next((version for name, _, version in listing if name == "headscope.json"), None)
+            if created is None and "headscope.json" in self._versions:
+                self._forget()
             if created and self._versions.get("headscope.json", created) != created:
                 self._forget()
-                before = set()
                 listing = self._files.names()
-            for name, size, version in listing:
-                self._note(name, size, version)
-            self._choose_sources()
+            if created and self._format != created:
+                self._read_format()
+                self._format = created
+            fresh = self._take(listing)
             if self._versions.get("live.json", "") != self._live_version:
                 self._read_live()
                 if self._live.get("thinned", 0) != self._thinned:
                     self._thinned = self._live.get("thinned", 0)
                     self._drop_deleted()
             self._listed = time.monotonic()
-            return sorted(set(self._sources) - before)
+            return [step for step in fresh if step in self._sources]
+
+    def _take(self, listing: Sequence[tuple[str, int, str]]) -> list[int]:
+        """Notes what a listing shows; returns the steps that are new."""
+        for name, size, version in listing:
+            self._note(name, size, version)
+        fresh, self._fresh = self._fresh, []
+        if not fresh:
+            return []
+        steps = [part.step for part in fresh]
+        attempts = {part.attempt for part in fresh} | (
+            {self._sources[self._order[-1]].attempt} if self._order else {-1}
+        )
+        if len(attempts) == 1 and steps == sorted({*steps}) and steps[0] > self._order[-1]:
+            # The quiet case, whose cost is that of the new steps alone: the newest attempt goes on.
+            number = attempts.pop()
+            self._sources |= {step: self._attempts[number].parts[step][0] for step in steps}
+            self._order += steps
+            return steps
+        before = {*self._order}
+        self._choose_sources()
+        return [step for step in self._order if step not in before]
 
     def _drop_deleted(self) -> None:
         """Forgets the steps whose files are gone: one whole listing."""
         with self._lock:
             there = {name for name, _, _ in self._files.names()}
             for attempt in self._attempts.values():
-                kept = {s: {r: p for r, p in ranks.items() if p.name in there} for s, ranks in attempt.parts.items()}
-                attempt.parts = {step: ranks for step, ranks in kept.items() if ranks}
+                for step in [
+                    step for step, parts in attempt.parts.items() if any(part.name not in there for part in parts)
+                ]:
+                    attempt.drop(step)
             self._choose_sources()
 
     def _newest_name(self) -> str:
         if not self._attempts:
             return ""
         newest = self._attempts[max(self._attempts)]
-        steps = newest.steps()
-        return f"a{newest.number:03d}/steps/{steps[-1]:010d}-~" if steps else f"a{newest.number:03d}/"
+        return f"a{newest.number:03d}/" + (f"steps/{newest.order[-1]:010d}-~" if newest.order else "")
 
     def _note(self, name: str, size: int, version: str) -> None:
-        self._versions[name] = version
         if part := StepFile.of(name, size):
-            if self._sound(part):
-                self._attempt(part.attempt).parts.setdefault(part.step, {})[part.rank] = part
+            attempt = self._attempts.get(part.attempt) or self._attempt(part.attempt)
+            if part.step < attempt.first:
+                attempt.first = part.step
+            known = None
+            if part.step in attempt.parts:
+                known = next((one for one in attempt.parts[part.step] if one.rank == part.rank), None)
+            if known is not None and known.name != name:
+                self.damaged[name] = f"{name}: {known.name} is the same step and rank; one of them is not the run's"
+            elif known is None and self._sound(part) and attempt.add(part):
+                self._fresh.append(part)
         elif block := block_of(name):
             self._attempt(block[0]).blocks[name] = version
-        elif match := re.fullmatch(r"a(\d{3})/attempt\.json", name):
+        elif match := _ATTEMPT.fullmatch(name):
             self._attempt(int(match[1]))
+        elif name in ("headscope.json", "live.json"):
+            self._versions[name] = version
 
     def _attempt(self, number: int) -> _Attempt:
         return self._attempts.setdefault(number, _Attempt(number))
@@ -136,13 +202,13 @@ class Trial:
         """Whether the file is as large as its layout says; a layout never seen is read first."""
         if part.name in self.damaged:
             return False
+        known = self._layouts.get(part.layout)
+        if known is not None and part.size in (-1, known.size):
+            return True
         try:
-            known = self._layouts.get(part.layout)
             if known is None:
-                header = self._header(part)
-                _check_keys(header)
-                self._layouts[part.layout] = header
-            elif known.size != part.size:
+                self._layout(part)
+            else:
                 raise StoreError(
                     f"{part.name}: the file has {part.size} bytes, its layout promises {known.size}; it is damaged"
                 )
@@ -154,6 +220,17 @@ class Trial:
             return False
         return True
 
+    def _layout(self, part: StepFile) -> Header:
+        """The header of a file of this part's layout."""
+        header = self._layouts.get(part.layout)
+        if header is None:
+            header = self._header(part)
+            while len(self._layouts) >= _LAYOUTS_KEPT:
+                del self._layouts[next(iter(self._layouts))]
+            self._layouts[part.layout] = header
+            self._modes_of[part.layout] = frozenset(key.split("/", 1)[0] for key in header.entries)
+        return header
+
     def _choose_sources(self) -> None:
         """Which attempt each step comes from: the newest that has it or began before it, with the same examples."""
         sources: dict[int, StepFile] = {}
@@ -162,26 +239,55 @@ class Trial:
         newest: int | None = None
         for number in wanted:
             attempt = self._attempts.get(number)
-            steps = attempt.steps() if attempt else []
-            if attempt is None or not steps:
+            if attempt is None or not attempt.order:
                 continue
             if newest is not None and not self._same_probe(newest, number):
                 break
             newest = number if newest is None else newest
-            sources |= {step: attempt.parts[step][0] for step in steps if step < until}
-            until = min(until, steps[0])
-        # At once: other threads look at it while they wait.
-        self._sources = sources
+            sources |= {step: attempt.parts[step][0] for step in attempt.order if step < until}
+            until = min(until, attempt.first)
+        self._sources, self._order = sources, sorted(sources)
 
     def _same_probe(self, one: int, other: int) -> bool:
         return self._probe(one)[1] == self._probe(other)[1]
 
-    def _read_live(self) -> None:
-        live = self._files.json("live.json")
-        if live is None:
+    def _read_format(self) -> None:
+        """Refuses a run that a later Headscope has written."""
+        try:
+            found = (self._files.json("headscope.json") or {}).get("format", FORMAT)
+        except Unreachable:
+            raise
+        except StoreError as problem:
+            self.damaged["headscope.json"] = str(problem)
             return
-        self._live_version = self._versions["live.json"]
-        if live.get("counter") != self._live.get("counter") or live.get("attempt") != self._live.get("attempt"):
+        if type(found) is not int:
+            self.damaged["headscope.json"] = (
+                f"headscope.json in {self.path}: format is {repr(found)[:80]}, not a number"
+            )
+        elif found != FORMAT:
+            raise NotSupported(
+                f"headscope.json in {self.path}: the run is of format {found}, this Headscope reads format {FORMAT}; "
+                f"install the version that wrote it"
+            )
+
+    def _read_live(self) -> None:
+        version = self._versions["live.json"]
+        try:
+            raw = self._files.json("live.json")
+            live = None if raw is None else live_of(raw)
+        except Unreachable:
+            raise
+        except (StoreError, ValueError) as problem:
+            text = str(problem)
+            self.damaged["live.json"] = text if "live.json" in text else f"live.json in {self.path}: {text}"
+            self._live_version = version
+            return
+        if live is None or (live["attempt"] or 0) < max(self._attempts, default=0):
+            self._live_version = version
+            return
+        self.damaged.pop("live.json", None)
+        self._live_version = version
+        if live["counter"] != self._live.get("counter") or live["attempt"] != self._live.get("attempt"):
             self._sign = time.monotonic()
         self._live = live
 
@@ -189,16 +295,22 @@ class Trial:
         """All steps that can be read, in order; of one mode only, if given."""
         with self._lock:
             self.refresh()
-            return sorted(step for step in self._sources if mode is None or mode in self._modes(step))
+            return [*self._order] if mode is None else [step for step in self._order if mode in self._modes(step)]
 
     def modes(self) -> list[str]:
         """The modes that the run has: probe, train, eval."""
         with self._lock:
             self.refresh()
-            return sorted({mode for step in self._sources for mode in self._modes(step)})
+            return sorted({mode for layout in self._used_layouts() for mode in self._modes_of[layout]})
 
-    def _modes(self, step: int) -> set[str]:
-        return {key.split("/", 1)[0] for key in self._layouts[self._sources[step].layout].entries}
+    def _modes(self, step: int) -> frozenset[str]:
+        return self._modes_of[self._sources[step].layout]
+
+    @property
+    def identity(self) -> str:
+        """Changes where the folder is deleted and another run written under its name; empty before there is one."""
+        with self._lock:
+            return self._versions.get("headscope.json", "").strip('"')
 
     @property
     def attempt(self) -> int | None:
@@ -217,12 +329,11 @@ class Trial:
             if not self._live:
                 state = "waiting" if step is None else "training"
                 return State(state, step, age_s, alive=step is None, message="", skipped=0)
-            patience_s = max(10.0, 5 * float(self._live.get("interval_s", 2)))
-            state = str(self._live.get("state", "training"))
-            alive = state == "training" and age_s < patience_s
-            message = str(self._live.get("message", ""))
-            skipped, thinned = (int(self._live.get(name, 0)) for name in ("skipped", "thinned"))
-            return State(state, step, age_s, alive, message, skipped, thinned)
+            live = self._live
+            alive = live["state"] == "training" and age_s < max(10.0, 5 * live["interval_s"])
+            return State(
+                live["state"], step, age_s, alive, live["message"], skipped=live["skipped"], thinned=live["thinned"]
+            )
 
     def wait(self, step: int, timeout: float | None = None) -> int:
         """Blocks until a step not before `step` can be read, and returns the first such step.
@@ -238,21 +349,21 @@ class Trial:
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             state = self.state()
-            found = [have for have in self._sources if have >= step]
-            if found:
-                return min(found)
+            with self._lock:
+                have = [*self._order]
+            if have and have[-1] >= step:
+                return have[bisect.bisect_left(have, step)]
             if state.state != "waiting" and not state.alive:
                 how = {"training": f"no sign of the trainer for {state.age_s:.0f} s"}.get(
                     state.state, f"training {state.state}"
                 )
                 note = f" ({state.message})" if state.message else ""
                 raise TrainerGone(
-                    f"step {step} of {self.path} will not come: {how}{note}; "
-                    f"it has steps {shorten(sorted(self._sources))}"
+                    f"step {step} of {self.path} will not come: {how}{note}; it has steps {shorten(have)}"
                 )
             if until is not None and time.monotonic() >= until:
                 raise TimeoutError(
-                    f"no step {step} in {self.path} after {timeout:g} s; it has steps {shorten(sorted(self._sources))} "
+                    f"no step {step} in {self.path} after {timeout:g} s; it has steps {shorten(have)} "
                     f"and is {state.state}. Wait again, with a longer timeout."
                 )
             time.sleep(_POLL_S)
@@ -273,11 +384,37 @@ class Trial:
         return part
 
     def _header(self, part: StepFile) -> Header:
+        """The header of that very file, checked; a file that is not what its name says is dropped and listed."""
         if part.name not in self._headers:
             while len(self._headers) >= _HEADERS_KEPT:
                 del self._headers[next(iter(self._headers))]
-            self._headers[part.name] = self._files.header(part.name, part.size)
+            try:
+                self._headers[part.name] = self._sound_header(part)
+            except Unreachable:
+                raise
+            except StoreError as problem:
+                self._drop(part, str(problem))
+                raise
         return self._headers[part.name]
+
+    def _sound_header(self, part: StepFile) -> Header:
+        size = self._files.size(part.name) if part.size < 0 else part.size
+        header = self._files.header(part.name, size, self._layouts.get(part.layout))
+        for wrong in part.differs(header):
+            raise StoreError(wrong)
+        if header.metadata.get("headscope") != str(FORMAT):
+            raise StoreError(f"{part.name}: its format is {header.metadata.get('headscope')!r}, want {FORMAT}")
+        if part.layout not in self._layouts:
+            _check_keys(header)
+        return header
+
+    def _drop(self, part: StepFile, why: str) -> None:
+        """Lists a file as damaged; its step is not one of the run's any more."""
+        self.damaged[part.name] = why
+        attempt = self._attempts.get(part.attempt)
+        if attempt is not None and part.step in attempt.order:
+            attempt.drop(part.step)
+            self._choose_sources()
 
     def header(self, step: int) -> Header:
         """The header of a step's file: keys, shapes, metadata."""
@@ -287,24 +424,40 @@ class Trial:
     def entries(self, step: int) -> dict[str, Entry]:
         """Keys, dtypes and shapes of a step's tensors; nothing is read if the layout is known."""
         with self._lock:
-            return self._layouts[self._part(step).layout].entries
+            return self._layout(self._part(step)).entries
 
     def read(self, step: int, wants: Sequence[tuple[str, tuple[int, ...]]]) -> list[Array]:
-        """Parts of a step's tensors by key and leading indices; bfloat16 comes as float32."""
+        """Parts of a step's tensors by key and leading indices; bfloat16 comes as float32.
+
+        Whole tensors are checked against their checksums, parts cannot be.
+
+        Raises:
+            NoSuchStep, NoSuchName: the run has no such step, the step no such tensor.
+            StoreError: the file is damaged.
+        """
         with self._lock:
             part = self._part(step)
-            header = self._layouts[part.layout]
         try:
+            with self._lock:
+                header = self._header(part)
             found = self._files.read(part.name, header, wants)
         except Unreachable:
             self._drop_deleted()
             self.refresh()
             if step in self._sources or not self._sources:
                 raise
-            raise NoSuchStep(
-                f"step {step} of {self.path} was thinned; it has {shorten(sorted(self._sources))}"
-            ) from None
+            raise NoSuchStep(f"step {step} of {self.path} was thinned; it has {shorten(self._order)}") from None
+        for (key, lead), array in zip(wants, found, strict=True):
+            if not lead:
+                verify(array, key, header)
         return [array.astype(np.float32) if array.dtype.name == "bfloat16" else array for array in found]
+
+    def _series(self, wants: Sequence[tuple[int, str, tuple[int, ...]]]) -> list[Array]:
+        """One part of one tensor from each of many steps; over a network, many at a time."""
+        if not self._files.remote:
+            return [self.read(step, [(key, lead)])[0] for step, key, lead in wants]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(lambda want: self.read(want[0], [want[1:]])[0], wants))
 
     def layers(self, step: int, mode: str = "probe", batch: int = 0) -> list[Layer]:
         """The attention calls of a forward pass, in the order in which they ran."""
@@ -322,7 +475,8 @@ class Trial:
         """
         with self._lock:
             self.refresh()
-            headers = [self._layouts[self._part(step).layout]] if step is not None else self._used_layouts()
+            used = [self._part(step)] if step is not None else [*self._used_layouts().values()]
+            headers = [self._layout(part) for part in used]
         names = set()
         for header in headers:
             layers = [Layer.of(raw, header.name) for raw in header.facts("calls", list)]
@@ -332,8 +486,9 @@ class Trial:
                     names.add(name)
         return sorted(names)
 
-    def _used_layouts(self) -> list[Header]:
-        return [self._layouts[layout] for layout in sorted({part.layout for part in self._sources.values()})]
+    def _used_layouts(self) -> dict[str, StepFile]:
+        """Layouts of the run, each with a file that has it."""
+        return {part.layout: part for part in self._sources.values()}
 
     def tensor(self, name: str) -> Tensor:
         """One tensor over all steps.
@@ -369,6 +524,13 @@ class Trial:
             queries: only these, in this order.
         """
         lead = () if row is None else (row,)
+        entries = self.entries(step)
+        layer.fits(entries, self._part(step).name)
+        axes = entries[layer.key("q")].shape
+        if queries is not None and len(queries) and not 0 <= queries.min() <= queries.max() < axes[2]:
+            raise NoSuchName(
+                f"no query {queries.max()} in {layer.name} at step {step} of {self.path}; it has {axes[2]} tokens"
+            )
         wrong = [head for head in heads or () if head not in layer.numbers]
         if wrong:
             raise NoSuchName(f"no head {wrong[0]} in {layer.name}; the run has its heads {shorten(layer.numbers)}")
@@ -405,13 +567,16 @@ class Trial:
         keys = {"mask": layer.mask and prefix + layer.mask, "bias": layer.bias and prefix + layer.bias}
         keys["sinks"] = layer.key("sinks") if layer.sinks else None
         wanted = {name: key for name, key in keys.items() if key}
-        found = dict(zip(wanted, self.read(step, [(key, ()) for key in wanted.values()]), strict=True))
-        for name in ("mask", "bias"):
-            if row is not None and name in found and found[name].shape[0] != 1:
-                found[name] = found[name][row : row + 1]
+        entries = self.entries(step)
+        # Of one example only its own part of a mask or bias is read.
+        own = {n: row is not None and n != "sinks" and entries[key].shape[0] != 1 for n, key in wanted.items()}
+        leads: list[tuple[int, ...]] = [(row,) if row is not None and own[name] else () for name in wanted]
+        pieces = self.read(step, list(zip(wanted.values(), leads, strict=True)))
+        found = {n: piece[None] if own[n] else piece for n, piece in zip(wanted, pieces, strict=True)}
         terms: dict[str, Any] = dict.fromkeys(("mask", "bias", "sinks")) | found
         for name in ("scale", "causal", "offset", "window", "softcap"):
             terms[name] = getattr(layer, name)
+        terms["rounding"] = attention.rounding_of(layer.route, layer.dtype)
         return terms
 
     # The fixed examples, and what the model says of them.
@@ -423,8 +588,8 @@ class Trial:
             if blob is None:
                 return [], {}
             try:
-                tensors, header = decode(blob, name)
-                self._examples[attempt] = examples_of(tensors, header), header.facts("crc32c", dict)
+                tensors, header = decode_sound(blob, name)
+                self._examples[attempt] = examples_of(tensors, header), header.sums
             except StoreError as problem:
                 self.damaged[name] = str(problem)
                 self._examples[attempt] = [], {}
@@ -443,29 +608,51 @@ class Trial:
             if attempt is None:
                 return {}
             if attempt not in self._facts:
-                self._facts[attempt] = self._files.json(f"a{attempt:03d}/attempt.json") or {}
+                name = f"a{attempt:03d}/attempt.json"
+                try:
+                    self._facts[attempt] = self._files.json(name) or {}
+                    labels = self._facts[attempt].get("labels") or []
+                    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+                        raise StoreError(
+                            f"{name} in {self.path}: labels are {repr(labels)[:80]}, not a list of strings"
+                        )
+                except Unreachable:
+                    raise
+                except StoreError as problem:
+                    self.damaged[name], self._facts[attempt] = str(problem), {}
             return self._facts[attempt]
 
     def predictions(self, step: int) -> list[int | None]:
         """The class that each example gets; None where the output is not one class per example."""
-        return [None if found is None else int(found) for found in self._per_example(step, "predictions", 1)]
+        return [None if found is None else int(found) for found in self._per_example(step, "predictions", 1, "iu")]
 
     def probabilities(self, step: int) -> list[list[float] | None]:
         """The softmax of each example's logits; None where they are not kept or not one row per example."""
-        found = self._per_example(step, "logits", 2)
-        return [None if row is None else [float(p) for p in _softmax(row)] for row in found]
+        found = self._per_example(step, "logits", 2, "fV")
+        return [None if row is None or not row.size else [float(p) for p in _softmax(row)] for row in found]
 
-    def _per_example(self, step: int, kind: str, axes: int) -> list[Array | None]:
+    def _per_example(self, step: int, kind: str, axes: int, dtypes: str) -> list[Array | None]:
         entries = self.entries(step)
         examples = self.examples()
         keys = {example.batch: f"probe/{example.batch}/{kind}" for example in examples}
         usable = [batch for batch, key in keys.items() if key in entries and len(entries[key].shape) == axes]
+        for batch in usable:
+            entry, rows = entries[keys[batch]], sum(example.batch == batch for example in examples)
+            if entry.dtype.kind not in dtypes or entry.shape[0] != rows:
+                raise StoreError(
+                    f"{self._part(step).name}: tensor {keys[batch]!r} is {entry.dtype} of shape {entry.shape}; "
+                    f"the probe has {rows} examples in that batch"
+                )
         found = dict(zip(usable, self.read(step, [(keys[batch], ()) for batch in usable]), strict=True))
         return [found[e.batch][e.row] if e.batch in found else None for e in examples]
 
     def loss(self, step: int) -> float | None:
         """The model's own loss on the probe, mean over its batches; None without labels."""
-        keys = [key for key in self.entries(step) if re.fullmatch(r"probe/\d+/loss", key)]
+        entries = self.entries(step)
+        keys = [key for key in entries if re.fullmatch(r"probe/\d+/loss", key)]
+        wrong = [key for key in keys if entries[key].shape or entries[key].dtype.kind not in "fV"]
+        if wrong:
+            raise StoreError(f"{self._part(step).name}: tensor {wrong[0]!r} is not one number")
         return float(np.mean(self.read(step, [(key, ()) for key in keys]))) if keys else None
 
     def scalars(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
@@ -482,7 +669,7 @@ class Trial:
                     parts[0].insert(0, steps[keep])
                     parts[1].insert(0, values[keep])
                 own = [steps[0] for steps, _ in rows.values() if len(steps)]
-                own += self._attempts[number].steps()[:1] if number in self._attempts else []
+                own += [self._attempts[number].first] if number in self._attempts else []
                 until = min([until, *own])
             return {n: (np.concatenate(s), np.concatenate(v)) for n, (s, v) in found.items() if sum(map(len, s))}
 
@@ -504,14 +691,21 @@ class Trial:
             if blob is None:
                 return {}
             try:
-                columns = decode(blob, name)[0]
-                if any(c.shape != columns["step"].shape or c.ndim != 1 for c in columns.values()):
-                    raise StoreError(f"{name}: its columns differ in length")
-            except (StoreError, KeyError) as problem:
-                self.damaged[name] = str(problem)
-                return {}
+                columns = decode_sound(blob, name)[0]
+                _check_columns(columns, name)
+                self.damaged.pop(name, None)
+            except StoreError as problem:
+                self.damaged[name], columns = str(problem), {}
             self._rows[name] = (version, columns)
         return self._rows[name][1]
+
+
+def _check_columns(columns: dict[str, Array], name: str) -> None:
+    rows = columns["step"].shape if "step" in columns else None
+    for column, values in columns.items():
+        want = {"step": "<i8"}.get(column, "|b1" if column.endswith(":nan") else "<f8")
+        if values.ndim != 1 or values.shape != rows or values.dtype.str != want:
+            raise StoreError(f"{name}: column {column!r} is {values.dtype} of shape {values.shape}, its steps {rows}")
 
 
 @dataclass(frozen=True)
@@ -556,14 +750,13 @@ class Tensor:
         have = self._batches(step, mode)
         found = [in_mode for in_mode, number in have if number == batch]
         if not found:
-            raise NoSuchName(
-                f"no {self.name!r} of mode {mode!r}, batch {batch}, at step {step} of {self.trial.path}; "
-                f"that step has it as {shorten(f'mode {m!r} batch {b}' for m, b in self._batches(step, None))}"
-            )
+            raise self._missing(step, mode, batch)
         if self._kind != "weights":
             return self.trial.read(step, [(f"{found[0]}/{batch}/{self.name}", ())])[0]
         layers = self.trial.layers(step, found[0], batch)
-        layer = next(layer for layer in layers if layer.name == self.name.removesuffix(".weights"))
+        layer = next((layer for layer in layers if layer.name == self.name.removesuffix(".weights")), None)
+        if layer is None:
+            raise NoSuchName(f"no attention call of {self.name!r} at step {step} of {self.trial.path}, only its q")
         if not layer.check.passed:
             warnings.warn(
                 f"{self.name} at step {step} failed its self-check ({layer.check.error:.1e} > {layer.check.limit:g}): "
@@ -572,6 +765,54 @@ class Tensor:
                 stacklevel=2,
             )
         return self.trial.weights(step, layer)
+
+    def values(
+        self,
+        steps: Sequence[int] | None = None,
+        *,
+        example: int | None = None,
+        head: int | None = None,
+        mode: str | None = None,
+        batch: int = 0,
+    ) -> Array:
+        """A stored tensor over steps, stacked; of one example and head only their bytes are read.
+
+        Shapes:
+            returns: (steps, *axes of `value`), without the axes of which one entry is chosen
+        Args:
+            steps: in this order; all that have it, if None.
+            example: only this row of the batch.
+            head: only this place on the heads axis; with an example.
+            mode, batch: as in `value`.
+
+        Raises:
+            NoSuchStep, NoSuchName: as in `value`; weights are rebuilt and not stored, see `Trial.weights`.
+            ValueError: the shape changes between the steps, or a head is chosen without an example.
+        """
+        if head is not None and example is None:
+            raise ValueError(f"a head of {self.name} is chosen without an example; give example= too")
+        if self._kind == "weights":
+            raise NoSuchName(f"{self.name} is rebuilt, not stored: take values() of its q and k, or trial.weights(...)")
+        steps = self.steps(mode) if steps is None else steps
+        lead = tuple(index for index in (example, head) if index is not None)
+        found = self.trial._series([(step, self._place(step, mode, batch), lead) for step in steps])
+        if len({array.shape for array in found}) > 1:
+            raise ValueError(f"{self.name} changes its shape between these steps; take value(step) one by one")
+        return np.stack(found) if found else np.zeros(0, np.float32)
+
+    def _place(self, step: int, mode: str | None, batch: int) -> str:
+        """The key under which a step has it."""
+        for in_mode in ("probe", "eval", "train") if mode is None else (mode,):
+            key = f"{in_mode}/{batch}/{self.name}"
+            if key in self.trial.entries(step):
+                return key
+        raise self._missing(step, mode, batch)
+
+    def _missing(self, step: int, mode: str | None, batch: int) -> NoSuchName:
+        return NoSuchName(
+            f"no {self.name!r} of mode {mode!r}, batch {batch}, at step {step} of {self.trial.path}; "
+            f"that step has it as {shorten(f'mode {m!r} batch {b}' for m, b in self._batches(step, None))}"
+        )
 
 
 def open_trial(path: str | Path, *, attempt: int | None = None) -> Trial:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
+import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
+from weakref import WeakSet, ref
 
 import numpy as np
 import torch
@@ -26,8 +28,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .blob import Json, encode
 from .boundary import Call
-from .capture import Pass, Probe, device_of, run, unwrap
+from .capture import Batch, Pass, Probe, device_of, run, unwrap
 from .errors import HeadscopeError, HeadscopeWarning, NotSupported, shorten
+from .forwards import Forwards, Hook
+from .ranks import Council, alone, gathered, here, sharded
 from .record import Keeping, Record
 from .store import Writer
 
@@ -44,7 +48,8 @@ class Watch:
     `headscope serve` and `headscope.open_trial` read it while training goes on.
 
     Args:
-        model: trained in this process; wrapped (compiled, DDP) or not.
+        model: trained in this process; wrapped (compiled, DDP) or not. In distributed training, use it alike in every
+            rank: the first one writes.
         out: folder, or `s3://` or `gs://` address; training again into it starts a new attempt, nothing is overwritten.
         probe: the examples: texts or (text, label) pairs with a tokenizer, a batch as the model takes it, or a list of
             batches. Without one, the first 8 examples of the first training batch.
@@ -52,7 +57,8 @@ class Watch:
         every: optimiser steps from one capture to the next.
         dtype: how a float32 model's q and k are kept: "float16" (the default; weights off by 1e-3 or so) or "float32"
             (exactly). A 16-bit model's are kept as they are.
-        optimizer: whose steps count; without it, the first that steps parameters of the model.
+        optimizer: whose steps count; without it, the first that steps parameters of the model. A step that a GradScaler
+            skips is none.
         start_step: the optimiser step at which training begins, when it goes on from a checkpoint.
         layers: which attention is kept: a regular expression to be found in its module path, or a list of paths.
         heads: which heads of each layer are kept, by their numbers.
@@ -65,6 +71,7 @@ class Watch:
 
     Raises:
         HeadscopeError: an argument is not usable; said before training begins.
+        NotSupported: the model is sharded over ranks in a way that no rank can run it alone.
         StoreError: `out` cannot be written.
 
     Example:
@@ -125,12 +132,14 @@ class Watch:
             )
         self.out = str(out)
         self.every = every
-        self._model = unwrap(model)
+        self._given, self._model = model, unwrap(model)
         self._kept = _KEPT[name]
         self._tokenizer = tokenizer
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner  # Accelerate's wrapper is an Optimizer without its hooks.
         self._optimizer = optimizer
+        # The one that was found; another takes its place when it is gone.
+        self._first: ref[Optimizer] | None = None
         self._probe = None if probe is None else Probe.of(probe, tokenizer, self._model, examples, tokens)
         self._exact: set[str] = set()
         self._forwards = {"train": 0, "eval": 0}
@@ -138,50 +147,81 @@ class Watch:
         self._captured = -1
         self._captures = 0
         self._autocast: tuple[str, torch.dtype] | None = None
-        self._busy = False
-        self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._off = ""
+        self._busy = self._begun = self._entered = self._closed = False
+        self._asked = -1
+        self._pid = os.getpid()
+        self._foreign: WeakSet[Optimizer] = WeakSet()
+        self._off = self._nothing = ""
         self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
+        self._forwards_heard: Forwards | None = None
         self._writer: Writer | None = None
+        self._council: Council | None = None
 
     @property
     def attempt(self) -> int:
-        """The number of this (re)start of training in the run."""
-        return self._running().attempt
+        """The number of this (re)start of training in the run; -1 in a rank that does not write."""
+        self._active()
+        return -1 if self._writer is None else self._writer.attempt
 
     def _running(self) -> Writer:
         if self._writer is None:
             raise HeadscopeError("the watch has not begun; use `with headscope.watch(...) as watch:`")
         return self._writer
 
+    def _active(self) -> bool:
+        """Whether there is something to do here: not in a rank that only trains, and not in a forked process."""
+        if not self._entered:
+            raise HeadscopeError("the watch has not begun; use `with headscope.watch(...) as watch:`")
+        return bool(self._handles) and os.getpid() == self._pid
+
     def __enter__(self) -> Watch:
-        if self._writer is not None:
+        if self._entered:
             raise HeadscopeError(f"this watch of {self.out} has been used; make a new one with headscope.watch(...)")
         if isinstance(self._model, torch.jit.ScriptModule):
             raise NotSupported(
                 f"cannot watch {type(self._model).__name__}: a scripted model runs no Python; "
                 f"watch the module that it was made of"
             )
-        self._writer = Writer(self.out, self._facts(), self._say, max_bytes=self._max_bytes)
-        atexit.register(self._at_exit)
-        try:
-            self._begin_hooks()
-            if self._probe is not None:
-                with self._guarded("the probe"):
-                    self._begin(self._probe)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
+        self._pid = os.getpid()
+        self._council = Council() if sharded(self._model) else None
+        writes = here()[0] == 0
+        if writes:
+            self._open()
+        if self._council is not None and not writes and (reason := self._council.agree()):
+            raise HeadscopeError(f"rank 0 cannot begin: {reason}")
+        self._entered = True
+        if writes or self._council is not None:
+            atexit.register(self._at_exit)
+            try:
+                self._hook()
+                if self._probe is not None:
+                    with self._guarded("the probe"):
+                        self._note_autocast()
+                    self._begin(lambda: None)
+            except BaseException as error:
+                self.__exit__(type(error), error, None)
+                raise
         return self
 
-    def _begin_hooks(self) -> None:
-        self._handles.append(self._model.register_forward_pre_hook(_Hook(self._on_forward), with_kwargs=True))
-        hook = _Hook(self._on_step)
+    def _open(self) -> None:
+        reason = "it could not open the run"
+        try:
+            self._writer = Writer(self.out, self._facts(), self._say, max_bytes=self._max_bytes)
+            reason = ""
+        except HeadscopeError as problem:
+            reason = str(problem)
+            raise
+        finally:
+            if self._council is not None:
+                self._council.agree(reason)
+
+    def _hook(self) -> None:
+        self._forwards_heard = Forwards(self._model, self._given, self._on_forward, self._on_trace)
         if self._optimizer is not None:
-            self._handles.append(self._optimizer.register_step_post_hook(hook))
+            self._handles.append(self._optimizer.register_step_post_hook(Hook(self._on_step)))
         else:
-            self._handles.append(register_optimizer_step_post_hook(hook))
+            self._handles.append(register_optimizer_step_post_hook(Hook(self._on_step)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -196,23 +236,31 @@ class Watch:
 
     def close(self, state: str = "ended", message: str = "") -> None:
         """Captures the last step, writes what is waiting, and takes every hook away; called by `with`."""
-        if self._writer is None or not self._writer.running:
+        if not self._entered or self._closed or os.getpid() != self._pid:
             return
+        self._closed = True
         atexit.unregister(self._at_exit)
         self._unhook()
         try:
-            if state == "ended" and self._step > self._captured:
+            if self._council is not None and state != "ended":
+                with suppress(Exception):
+                    self._council.leave(message)
+            elif state == "ended" and self._step > (self._captured if self._council is None else self._asked):
                 self._capture()
             self._name_silence()
         except BaseException as error:
             state, message = "stopped", f"{type(error).__name__} at step {self._step}"
             raise
         finally:
-            with self._guarded("the end", turn_off=False):
-                self._writer.close(state, message or self._off)
+            if self._writer is not None:
+                with self._guarded("the end", turn_off=False):
+                    said = (message or self._off, self._nothing)
+                    self._writer.close(state, "; ".join(part for part in said if part))
 
     def _name_silence(self) -> None:
         """Says so if there was no training to watch."""
+        if self._writer is None:
+            return
         if not self._forwards["train"] + self._forwards["eval"]:
             self._say(
                 f"nothing was watched: the forward of {type(self._model).__name__} was never called within the watch"
@@ -230,6 +278,8 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._forwards_heard is not None:
+            self._forwards_heard.close()
 
     def step(self, step: int | None = None) -> None:
         """Says that an optimiser step was made; from then on optimisers are not listened to.
@@ -239,11 +289,11 @@ class Watch:
         Args:
             step: its number; one more than the last, if None.
         """
-        self._running()
+        if not self._active():
+            return
         with self._guarded("step", turn_off=False):
-            for handle in self._handles[1:]:
+            for handle in self._handles:
                 handle.remove()
-            del self._handles[1:]
             number = self._step + 1 if step is None else int(step)
             if number > self._step:
                 self._advance(number)
@@ -254,13 +304,16 @@ class Watch:
         Args:
             values: by name; numbers or tensors of one element.
         """
-        writer, numbers = self._running(), {}
+        if not self._active() or self._writer is None:
+            return
+        numbers = {}
         for name, value in values.items():
             with self._guarded(f"log of {name!r}", turn_off=False):
                 if name in _RESERVED or not _SCALAR.fullmatch(name):
                     raise HeadscopeError("a name is letters, digits, and _./ -, and neither step nor time")
                 numbers[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
-        writer.log(self._step, numbers)
+        with self._guarded("the time line", turn_off=False):
+            self._writer.log(self._step, numbers)
 
     def _facts(self) -> Json:
         config = getattr(self._model, "config", None)
@@ -278,15 +331,24 @@ class Watch:
 
     # Hooks. Nothing of ours may reach the training: each is guarded.
 
-    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or self._busy:
+    def _on_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy or os.getpid() != self._pid:
             return
-        self._forwards["train" if module.training else "eval"] += 1
         with self._guarded("the probe"):
+            self._forwards["train" if self._model.training else "eval"] += 1
             if torch.is_grad_enabled():
                 self._note_autocast()
-                if self._probe is None and not self._off:
-                    self._begin(Probe.first(args, kwargs, self._tokenizer, self._examples or 8, self._tokens))
+                if not self._begun and not self._off:
+                    most, tokens = self._examples or 8, self._tokens
+                    self._begin(lambda: Probe.first(args, kwargs, self._tokenizer, most, tokens))
+
+    def _on_trace(self) -> None:
+        if self._busy or os.getpid() != self._pid:
+            return
+        with self._guarded("the probe"):
+            self._forwards["train" if self._model.training else "eval"] += 1
+            if torch.is_grad_enabled():
+                self._note_autocast()
 
     def _note_autocast(self) -> None:
         kind = device_of(self._model).type
@@ -294,20 +356,30 @@ class Watch:
         self._autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._optimizer is None and optimizer not in self._foreign:
-            with self._guarded("the optimiser"):
+        if torch.compiler.is_compiling() or os.getpid() != self._pid:
+            return
+        with self._guarded("the optimiser"):
+            first = self._optimizer or (self._first and self._first())
+            if first is None and optimizer not in self._foreign:
                 ours = {id(parameter) for parameter in self._model.parameters()}
                 if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-                    self._optimizer = optimizer
+                    first, self._first = optimizer, ref(optimizer)
                 else:
                     self._foreign.add(optimizer)
-        if optimizer is self._optimizer:
-            self._advance(self._step + 1)
+            if optimizer is first and not _skipped(optimizer):
+                self._advance(self._step + 1)
 
     def _advance(self, step: int) -> None:
         self._step = step
-        if self._step % self.every == 0 and self._pace.due():
-            self._capture()
+        if not self._begun and self._forwards_heard is not None and self._forwards_heard.sealed:
+            self._say(
+                f"NO ATTENTION WAS CAUGHT in {type(self._model).__name__}: no probe was given, and its forward is "
+                f"part of a larger function that is compiled, so that its inputs are not seen; pass probe= to "
+                f"headscope.watch",
+                kind="nothing",
+            )
+        if self._step % self.every == 0:
+            self._capture(paced=True)
             if self._pace.stretched:
                 self._say(
                     f"captures take more than {self._pace.overhead:g} of the training time every {self.every} steps; "
@@ -315,45 +387,82 @@ class Watch:
                     kind="pace",
                 )
 
-    def _begin(self, probe: Probe) -> None:
+    def _begin(self, first: Callable[[], Probe | None]) -> None:
         """Writes the examples, and captures them before the first optimiser step."""
-        self._probe = probe
-        self._running().put_probe(_blob(probe))
+        self._begun = True
+        if self._writer is not None:
+            with self._guarded("the probe"):
+                self._probe = self._probe or first()
+                assert self._probe is not None
+                self._writer.put_probe(_blob(self._probe))
+                for trouble in {batch.trouble for batch in self._probe.batches} - {""}:
+                    self._say(trouble)
         self._capture()
 
-    def _capture(self) -> None:
-        """Runs the probe, if there is one and the writer has room, and hands what it gave to the writer."""
-        writer = self._running()
-        probe = self._probe
-        if probe is None or self._off or self._busy or not writer.ready():
+    def _capture(self, *, paced: bool = False) -> None:
+        """Runs the probe, if nothing speaks against it; where the model is sharded, in all ranks or in none."""
+        if self._busy:
             return
+        self._asked = self._step
         if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in self._model.parameters()):
             self._say(f"step {self._step} is not captured: the model has parameters that its first forward will make")
             return
-        with self._pace.timed(), self._guarded("the capture"), self._busily():
-            record = Record(
-                writer.image(), kept=self._kept, exact=self._exact, turn=self._captures, keeping=self._keeping
-            )
-
-            def on_call(batch: int, call: Call) -> None:
-                examples = probe.batches[batch].examples
-                if call.q.shape[0] != examples:
-                    raise NotSupported(
-                        f"its batch is {call.q.shape[0]}, the probe's {examples}; heads, windows or beams that are "
-                        f"folded into the batch are not captured"
-                    )
-                record.add(call, mode="probe", batch=batch)
-
-            passes = run(self._model, probe, autocast=self._autocast, on_call=on_call)
-            for done in passes:
-                record.add_output(
-                    mode="probe", batch=done.batch, logits=done.logits, predictions=done.predictions, loss=done.loss
+        reason = own = "it is not known whether it can be made"
+        with self._guarded("the capture"):
+            reason = own = self._against(paced)
+        with self._guarded("the capture"):
+            if self._council is not None:
+                reason = self._council.agree(own)
+                if reason and not own and self._writer is not None:
+                    self._say(f"captures are not made from step {self._step} on: {reason}", kind="council")
+            if not reason:
+                spread = (
+                    nullcontext() if self._council is None else gathered(self._model, keep=self._writer is not None)
                 )
-            self._name_refused(record, passes)
-            forwards = dict(self._forwards)
-            writer.submit(self._step, record.image, lambda metadata: self._finish(record, metadata, forwards))
-            self._captured = self._step
-            self._captures += 1
+                with _uninterrupted(), self._pace.timed(), self._busily(), spread:
+                    self._run()
+
+    def _against(self, paced: bool) -> str:
+        """What speaks against a capture now, or nothing."""
+        if self._off or self._writer is None:
+            return self._off
+        if self._probe is None:
+            return "there is no probe yet"
+        if here()[1] > 1 and sharded(self._model) != (self._council is not None):
+            raise NotSupported(
+                f"{type(self._model).__name__} was sharded after the watch began; shard it first, then watch it"
+            )
+        if paced and not self._pace.due():
+            return "captures take too much time"
+        return "" if self._writer.ready() else "writing is behind"
+
+    def _run(self) -> None:
+        """Runs the probe and hands what it gave to the writer."""
+        writer, probe = self._writer, self._probe
+        if writer is None or probe is None:
+            return
+        record = Record(writer.image(), kept=self._kept, exact=self._exact, turn=self._captures, keeping=self._keeping)
+
+        def on_call(batch: int, call: Call) -> None:
+            examples = probe.batches[batch].examples
+            if call.q.shape[0] != examples:
+                raise NotSupported(
+                    f"its batch is {call.q.shape[0]}, the probe's {examples}; heads, windows or beams that are folded "
+                    f"into the batch are not captured"
+                )
+            record.add(call, mode="probe", batch=batch, named=self._named(call, probe.batches[batch]))
+
+        with alone() if here()[1] > 1 else nullcontext():  # type: ignore[no-untyped-call]
+            passes = run(self._model, probe, autocast=self._autocast, on_call=on_call)
+        for done in passes:
+            record.add_output(
+                mode="probe", batch=done.batch, logits=done.logits, predictions=done.predictions, loss=done.loss
+            )
+        self._name_refused(record, passes)
+        forwards = dict(self._forwards)
+        writer.submit(self._step, record.image, lambda metadata: self._finish(record, metadata, forwards))
+        self._captured = self._step
+        self._captures += 1
 
     @contextmanager
     def _busily(self) -> Iterator[None]:
@@ -378,6 +487,13 @@ class Watch:
             )
         return whole, facts
 
+    def _named(self, call: Call, batch: Batch) -> bool:
+        """Whether queries and keys of a call are the tokens that the batch names, as far as can be known."""
+        tokens = None if batch.mask is None else batch.mask.shape[1]
+        # A decoder beside an encoder reads tokens of its own, of which the batch may name none.
+        other = getattr(getattr(self._model, "config", None), "is_encoder_decoder", False) and "decoder" in call.path
+        return not other and call.q.shape[2] == call.k.shape[2] == tokens
+
     def _name_refused(self, record: Record, passes: list[Pass]) -> None:
         """Says which attention was not caught; and loudly if none was."""
         refused = {path: reason for done in passes for path, reason in done.refused.items()}
@@ -396,7 +512,8 @@ class Watch:
             why = (
                 f"{type(self._model).__name__} called neither an attention function of transformers nor "
                 f"torch.nn.functional.scaled_dot_product_attention; attention written out by hand and "
-                f"nn.MultiheadAttention are not captured yet"
+                f"nn.MultiheadAttention are not captured yet, nor is what runs no Python (TorchScript, exported and "
+                f"CUDA graphs: watch the module that they were made of)"
             )
         self._say(f"NO ATTENTION WAS CAUGHT in {type(self._model).__name__}: {why}", kind="nothing")
 
@@ -405,12 +522,15 @@ class Watch:
         if (kind or message) in self._told:
             return
         self._told.add(kind or message)
+        if kind == "nothing":
+            self._nothing = message
         if self._writer is not None:
-            self._writer.note(message)
+            self._writer.note(self._nothing or message)
         try:
             warnings.warn(message, HeadscopeWarning, stacklevel=2)
-        except HeadscopeWarning:
-            print(f"HeadscopeWarning: {message}", file=sys.stderr)
+        except Exception:
+            with suppress(Exception):
+                print(f"HeadscopeWarning: {message}", file=sys.stderr)
 
     @contextmanager
     def _guarded(self, what: str, *, turn_off: bool = True) -> Iterator[None]:
@@ -423,30 +543,10 @@ class Watch:
             if turn_off:
                 self._off = message
                 message += "; training goes on, captures are off"
+                memory = isinstance(problem, (MemoryError, torch.cuda.OutOfMemoryError))
+                if memory or "allocate memory" in first:
+                    message += " (examples= and tokens= of headscope.watch make them smaller)"
             self._say(message, kind=f"{what} {type(problem).__name__}")
-
-
-class _Hook:
-    """A hook that holds its watch weakly, and stays behind when what it hangs on is copied or saved."""
-
-    def __init__(self, method: Callable[..., None]) -> None:
-        self._method = weakref.WeakMethod(method)
-
-    def __call__(self, *args: Any) -> None:
-        method = self._method()
-        if method is not None:
-            method(*args)
-
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return _DEAF
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (_LOGGER, "debug")
-
-
-# What a copied or saved model has in a hook's place: takes anything, does nothing, and needs no Headscope to be loaded.
-_LOGGER = logging.getLogger("headscope")
-_DEAF = _LOGGER.debug
 
 
 class Pace:
@@ -489,6 +589,35 @@ def _keeping(layers: str | Collection[str] | None, heads: Sequence[int] | None) 
     if heads is not None and (not len(heads) or any(type(head) is not int or head < 0 for head in heads)):
         raise HeadscopeError(f"heads must be a list of head numbers from 0 on, not {heads!r}")
     return Keeping(layers, heads)
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimiser has left its step out: a GradScaler tells it of gradients that are not finite."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.item())
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within it, Ctrl-C waits until the model is as it was; a second one does not."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked: list[int] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        if asked:
+            signal.default_int_handler(number, frame)
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if asked:
+            raise KeyboardInterrupt
 
 
 # The name that users type: `with headscope.watch(...)`.

@@ -59,7 +59,7 @@ def fixed(reply: bytes) -> bytes:
     tensors, header = decode(reply)
     facts = json.loads(header.metadata["facts"])
     if "state" in facts:
-        facts["name"], facts["state"]["age_s"] = "runs/golden", 0.5
+        facts["name"], facts["run"], facts["state"]["age_s"] = "runs/golden", "golden", 0.5
     for key, tensor in tensors.items():
         if tensor.dtype == np.float32:
             tensors[key] = np.round(tensor * 65536) / np.float32(65536)

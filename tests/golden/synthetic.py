@@ -99,7 +99,7 @@ def fill(
         fact: Json = {"mode": mode, "batch": 0, "path": call.path, "call": call.call, "route": "sdpa", "offset": 0}
         fact |= {name: getattr(call, name) for name in ("heads", "kv_heads", "scale", "causal", "window", "softcap")}
         fact |= {"mask": "mask.0" if "mask" in tensors else None, "bias": "bias.0" if call.bias else None}
-        fact |= {"sinks": call.sinks, "dropout": 0.0, "kept": None, "dtype": np.dtype(call.dtype).name}
+        fact |= {"sinks": call.sinks, "dropout": 0.0, "named": True, "kept": None, "dtype": np.dtype(call.dtype).name}
         fact["check"] = {"example": 0, "rows": rows.tolist(), "note": ""}
         output = image.slot(f"{prefix}.output", np.dtype(np.float32), (1, call.heads, len(rows), call.dim))
         terms: dict[str, Any] = {

@@ -1,10 +1,13 @@
 /** A made-up run that speaks the real bytes: the dev harness needs no Python, and tests no server. */
-import type { Example, Life, LinesQuestion, News, Question, Reply, Run, Source } from "../src/protocol.ts";
+import type { Change, Example, Life, LinesQuestion, News, Question, Reply, Run, Source } from "../src/protocol.ts";
 import { decode, Problem } from "../src/protocol.ts";
 
 /** What the run is like; each may be given in the harness's address. */
 export interface Making {
   name: string;
+  run: string;
+  attempt: number;
+  examples: number;
   layers: number;
   heads: number;
   kv_heads: number;
@@ -12,9 +15,12 @@ export interface Making {
   steps: number;
   style: "bert" | "gpt";
   state: Life["state"];
+  message: string;
+  withheld: string;
   lost: boolean;
   live: number;
   delay: number;
+  looking: number;
   fails: number;
   scalars: number;
 }
@@ -22,6 +28,9 @@ export interface Making {
 /** A run of BERT's shape that has ended. */
 export const MAKING: Making = {
   name: "runs/sst2",
+  run: "5f0c",
+  attempt: 0,
+  examples: 5,
   layers: 12,
   heads: 12,
   kv_heads: 12,
@@ -29,9 +38,12 @@ export const MAKING: Making = {
   steps: 30,
   style: "bert",
   state: "ended",
+  message: "",
+  withheld: "",
   lost: false,
   live: 0,
   delay: 0,
+  looking: 0,
   fails: -1,
   scalars: 1,
 };
@@ -113,11 +125,12 @@ function linesReply(question: LinesQuestion, run: Run, making: Making): ArrayBuf
   const count = Math.min(question.count, length - first);
   const top = Math.min(question.top, count);
   const causal = making.style === "gpt";
+  const { withheld } = making;
   const passed = layer !== making.fails;
   const check = { error: passed ? 3e-7 : 0.4, limit: 0.02, note: "", passed };
-  const said = { top, shown_first: first, shown_count: count, causal, check };
+  const said = { top, shown_first: first, shown_count: count, mask: causal ? "causal" : "given", check, withheld };
   const facts = { ...said, route: run.layers[layer].route, dtype: "float16", scale: 0.125 };
-  const shape = passed ? [heads.length, count, top] : [0, 0, 0];
+  const shape = passed && !withheld ? [heads.length, count, top] : [0, 0, 0];
   const weight = new Float32Array(shape[0] * shape[1] * shape[2]);
   const key = new Int32Array(weight.length).fill(-1);
   const share = new Float32Array(shape[0] * shape[1]);
@@ -154,20 +167,21 @@ function scalarsFrom(from: number, to: number, { scalars }: Making): Run["scalar
 
 /** A run and its server in one, for the page's own process. */
 export class Madeup implements Source {
-  readonly run: Run;
+  run: Run;
   readonly asked: Question[] = [];
   #making: Making;
   #listeners = new Set<(news: News) => void>();
 
   constructor(making: Partial<Making> = {}) {
     this.#making = { ...MAKING, ...making };
-    const { name, layers, heads, kv_heads, steps } = this.#making;
+    const { name, run, attempt, state, examples, layers, heads, kv_heads, steps } = this.#making;
     const path = (i: number) =>
       this.#making.style === "gpt" ? `transformer.h.${i}.attn` : `bert.encoder.layer.${i}.attention.self`;
     const newest = (steps - 1) * SPACING;
     this.run = {
       name,
-      attempt: 0,
+      run,
+      attempt,
       state: this.#life(newest),
       steps: Array.from({ length: steps }, (_, i) => i * SPACING),
       layers: Array.from({ length: layers }, (_, i) => ({
@@ -178,16 +192,19 @@ export class Madeup implements Source {
         kept: null,
         route: "transformers:sdpa",
       })),
-      examples: TEXTS.map((text, i) => example(text, (i + 1) % 2, this.#making)),
+      examples: Array.from({ length: examples }, (_, i) => example(TEXTS[i % TEXTS.length], (i + 1) % 2, this.#making)),
       labels: ["negative", "positive"],
       scalars: scalarsFrom(0, newest, this.#making),
     };
+    // Before the first file is there, a run has neither.
     if (!steps) this.run.layers = [];
+    if (state === "waiting") this.run.examples = [];
   }
 
   async ask(question: Question): Promise<Reply> {
     this.asked.push(question);
-    if (this.#making.delay) await new Promise((done) => setTimeout(done, this.#making.delay));
+    const pause = question.ask === "first_look" ? this.#making.looking : this.#making.delay;
+    if (pause) await new Promise((done) => setTimeout(done, pause));
     return decode(this.#answer(question));
   }
 
@@ -207,14 +224,31 @@ export class Madeup implements Source {
     const step = before + SPACING;
     this.run.steps.push(step);
     this.run.state = this.#life(step);
-    if (!this.run.layers.length) this.run.layers = new Madeup({ ...this.#making, steps: 1 }).run.layers;
+    if (!this.run.layers.length) {
+      const { layers, examples } = new Madeup({ ...this.#making, steps: 1, state: "training" }).run;
+      this.run = { ...this.run, layers, examples };
+    }
     const scalars = scalarsFrom(before + 1, step, this.#making);
-    this.say({ steps: [step], state: this.run.state, scalars, attempt: this.run.attempt });
+    this.say(this.change({ steps: [step], scalars }));
+  }
+
+  /** Is another run from here on; says so by its first change. */
+  become(making: Partial<Making>): void {
+    this.#making = { ...this.#making, ...making };
+    this.run = new Madeup(this.#making).run;
+    const { steps, scalars } = this.run;
+    this.say(this.change({ steps, scalars }));
+  }
+
+  /** What a change says of the run as it is, with what is new. */
+  change(fresh: Partial<Change> = {}): Change {
+    const { run, attempt, state } = this.run;
+    return { run, attempt, state, steps: [], scalars: {}, ...fresh };
   }
 
   #life(step: number): Life {
-    const { state, lost } = this.#making;
-    const message = state === "failed" ? "CUDA out of memory" : "";
+    const { state, lost, message: given } = this.#making;
+    const message = given || (state === "failed" ? "CUDA out of memory" : "");
     return {
       state,
       step: step < 0 ? null : step,
@@ -233,11 +267,16 @@ export class Madeup implements Source {
       throw new Problem(`no step ${question.step} in ${run.name}; it has ${run.steps.length} steps.`);
     if (question.ask === "lines") return linesReply(question, run, this.#making);
     if (question.ask === "first_look")
-      return encode({ layer: 3, head: 7 % this.#making.heads, example: 1, change: 0.11 });
+      return encode({
+        layer: Math.min(3, run.layers.length - 1),
+        head: 7 % this.#making.heads,
+        example: Math.min(1, run.examples.length - 1),
+        change: 0.11,
+      });
     return encode({
       step: question.step,
       predictions: run.examples.map((_, i) => (noise(i, question.step) < 0.7 ? (i + 1) % 2 : i % 2)),
-      probabilities: run.examples.map((_, i) => [0.18 + 0.1 * i, 0.82 - 0.1 * i]),
+      probabilities: run.examples.map((_, i) => [0.18 + 0.1 * (i % 5), 0.82 - 0.1 * (i % 5)]),
       loss: lossAt(question.step),
       worst_check: this.#making.fails < 0 ? 3e-7 : 0.4,
       failed: this.#making.fails < 0 ? [] : [this.#making.fails],

@@ -41,7 +41,13 @@ export function App({ state }: { state: State }) {
 
   return (
     // biome-ignore lint/a11y/noStaticElementInteractions: keys that work wherever the focus is, each with a control of its own
-    <div class={narrow.value ? "app narrow" : "app"} ref={app} tabIndex={-1} onKeyDown={onKeyDown}>
+    <div
+      class={narrow.value ? "app narrow" : "app"}
+      ref={app}
+      tabIndex={-1}
+      onKeyDown={onKeyDown}
+      onClickCapture={(event) => letGo(event, app.current as HTMLElement)}
+    >
       <Header state={state} onHelp={() => help.current?.showModal()} />
       <div class="body">
         <Examples state={state} narrow={narrow.value} />
@@ -59,6 +65,11 @@ export function App({ state }: { state: State }) {
       <Help dialog={help} />
     </div>
   );
+}
+
+/** After a click of the mouse on a button the keys are the view's again: Space plays. */
+function letGo(event: MouseEvent, app: HTMLElement): void {
+  if (event.detail > 0 && (event.target as Element).closest("button, summary")) app.focus({ preventScroll: true });
 }
 
 function controlOf(target: Element): string {

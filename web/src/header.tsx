@@ -1,6 +1,7 @@
 /** The line at the top: which run, how it is, whether to believe it. */
+import { useSignal } from "@preact/signals";
 import type { State } from "./state.ts";
-import { lifeText, stepCheckText } from "./words.ts";
+import { lifeNote, lifeText, stepCheckText } from "./words.ts";
 
 /** The top line. */
 export function Header({ state, onHelp }: { state: State; onHelp: () => void }) {
@@ -26,16 +27,40 @@ export function Header({ state, onHelp }: { state: State; onHelp: () => void }) 
 function Life({ state }: { state: State }) {
   const life = state.life.value;
   const run = state.run.value;
-  if (state.gone.value) return <Sentence kind="gone" text="The server does not answer; trying again." />;
-  if (!life || !run) return <Sentence kind="waiting" text="Opening the run." />;
+  const note = life ? lifeNote(life) : "";
+  if (state.gone.value) return <Said kind="gone" text="The server does not answer; trying again." note={note} />;
+  if (!life || !run) return <Said kind="waiting" text="Opening the run." note="" />;
   const kind = life.state === "training" && !life.alive ? "lost" : life.state;
-  return <Sentence kind={kind} text={lifeText(life, run.name, state.age_s.value)} />;
+  return <Said kind={kind} text={lifeText(life, run.name, state.age_s.value)} note={note} long={life.message !== ""} />;
 }
 
-function Sentence({ kind, text }: { kind: string; text: string }) {
+/** A sentence and what the trainer noted; where that may be too long for its place, a press shows all of it. */
+function Said({ kind, text, note, long = false }: { kind: string; text: string; note: string; long?: boolean }) {
+  const open = useSignal(false);
+  const said = (
+    <>
+      <span class="sentence">{text}</span>
+      {note && <span class="note">{note}</span>}
+    </>
+  );
+  const title = note ? `${text}\n${note}` : text;
+  if (!long)
+    return (
+      <p class="state" data-state={kind} title={title}>
+        {said}
+      </p>
+    );
   return (
-    <p class="state" data-state={kind} title={text}>
-      {text}
-    </p>
+    <button
+      type="button"
+      name="message"
+      class="state"
+      data-state={kind}
+      title={title}
+      aria-expanded={open.value}
+      onClick={() => (open.value = !open.value)}
+    >
+      {said}
+    </button>
   );
 }

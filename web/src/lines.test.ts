@@ -17,7 +17,8 @@ const facts: LinesFacts = {
   top: 2,
   shown_first: 3,
   shown_count: 2,
-  causal: false,
+  mask: "none",
+  withheld: "",
   check: { error: 1e-7, limit: 0.02, note: "", passed: true },
   route: "sdpa",
   dtype: "float32",
@@ -55,6 +56,18 @@ test("a layer that failed its self-check has no weights to give, whatever came",
   expect(withheld(lines())).toBe(false);
   expect(strokesOf(failed, null)).toEqual({ looks: [], share: 0 });
   expect(looksOf(failed, { side: "query", token: 3 })).toEqual([]);
+});
+
+test("weights that are not the tokens' own are withheld, and no arrays need come", () => {
+  const said = { ...facts, withheld: "Keys are patches." };
+  const none = readLines(question, { facts: said, tensors: new Map(), bytes: 0 });
+  expect([withheld(none), none.weight.length]).toEqual([true, 0]);
+  expect(strokesOf(none, null)).toEqual({ looks: [], share: 0 });
+});
+
+test("a server that says neither mask nor why it withholds is an older one", () => {
+  const { mask, withheld: why, ...older } = facts;
+  expect(withheld(readLines(question, reply(lines(), older)))).toBe(false);
 });
 
 test("a query's weights come heaviest first, with every head's", () => {

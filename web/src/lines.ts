@@ -48,6 +48,8 @@ export const MOST = 4000;
 /** Reads a reply to `question`. */
 export function readLines(question: LinesQuestion, reply: Reply): Lines {
   const facts = reply.facts as LinesFacts;
+  if (withheld(facts))
+    return { ...facts, question, weight: new Float32Array(), key: new Int32Array(), share: new Float32Array() };
   const array = (name: string) => {
     const found = reply.tensors.get(name);
     if (!found) throw new Problem(`The reply has no tensor ${name}.`);
@@ -58,13 +60,13 @@ export function readLines(question: LinesQuestion, reply: Reply): Lines {
   const share = array("share") as Float32Array;
   const rows = question.heads.length * facts.shown_count;
   const whole = weight.length === rows * facts.top && key.length === weight.length && share.length === rows;
-  if (!whole && facts.check.passed !== false) throw new Problem("The reply's arrays do not fit its facts.");
+  if (!whole) throw new Problem("The reply's arrays do not fit its facts.");
   return { ...facts, question, weight, key, share };
 }
 
-/** Whether the weights were withheld because the layer failed its self-check. */
-export function withheld(lines: Lines): boolean {
-  return lines.check.passed === false;
+/** Whether there are no weights to draw: the layer failed its self-check, or they are not the tokens' own. */
+export function withheld({ check, withheld: why }: LinesFacts): boolean {
+  return check.passed === false || Boolean(why);
 }
 
 type Each = (slot: number, query: number, key: number, weight: number) => void;
@@ -138,18 +140,28 @@ export function neighbour(lines: Lines, focus: Focus | null, key: string): Focus
   return { side, token: looksOf(lines, focus)[0]?.[side] ?? focus.token };
 }
 
+/** Which tokens are drawn, on both sides. */
+export interface Window {
+  first: number;
+  count: number;
+}
+
+/** What there is of a wished window in an example of so many tokens. */
+export function windowOf({ first, count }: Window, tokens: number): Window {
+  const from = first < tokens ? first : 0;
+  return { first: from, count: Math.min(count, tokens - from) };
+}
+
 /** The question for a picture, with what does not fit the layer or the example cut to it. */
 export function questionOf(layer: Layer, example: Example, wanted: Omit<LinesQuestion, "ask" | "top">): LinesQuestion {
-  const first = wanted.first < example.tokens.length ? wanted.first : 0;
-  const count = Math.min(wanted.count, example.tokens.length - first);
+  const shown = windowOf(wanted, example.tokens.length);
   const all = headsOf(layer);
   const heads = wanted.heads.filter((head) => all.includes(head));
   return {
     ...wanted,
     ask: "lines",
     heads: heads.length ? heads : [all[0] ?? 0],
-    first,
-    count,
-    top: Math.min(count, 64),
+    ...shown,
+    top: Math.min(shown.count, 64),
   };
 }

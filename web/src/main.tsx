@@ -14,7 +14,7 @@ export function mount(el: HTMLElement, source: Source, signal: AbortSignal = new
   const css = document.createElement("style");
   css.textContent = style;
   const box = document.createElement("div");
-  box.style.height = "100%";
+  box.className = "frame";
   root.append(css, box);
   render(<App state={new State(source, signal)} />, box);
   signal.addEventListener("abort", () => render(null, box));

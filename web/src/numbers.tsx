@@ -5,7 +5,7 @@ import type { Example, Layer } from "./protocol.ts";
 import { Side } from "./side.tsx";
 import type { State } from "./state.ts";
 import { Weight } from "./weight.tsx";
-import { checkText, errorText, headsText, percent, whole } from "./words.ts";
+import { checkText, errorText, headsText, maskText, percent, whole } from "./words.ts";
 
 const SAMPLES = [0.01, 0.05, 0.2, 0.5, 1];
 const MOST_ROWS = 64;
@@ -132,7 +132,7 @@ function Origin({ lines, layer }: { lines: Lines; layer: Layer }) {
     ["heads", layer.kv_heads === layer.heads ? `${layer.heads}` : `${layer.heads} on ${layer.kv_heads} key heads`],
     ["route", lines.route],
     ["dtype", lines.dtype],
-    ["mask", lines.causal ? "causal" : "not causal"],
+    ["mask", maskText(lines.mask)],
     ...(lines.scale === null ? [] : ([["scale", String(Number(lines.scale.toPrecision(4)))]] as [string, string][])),
     ["self-check", checkText(lines.check)],
   ];

@@ -39,12 +39,12 @@ function LayerPicker({ state }: { state: State }) {
 }
 
 function TokenPicker({ state }: { state: State }) {
-  const { example, first, count } = state.picks.value;
-  const most = state.run.value?.examples[example]?.tokens.length ?? 1;
+  const most = state.tokens.value;
+  const { first, count } = state.window.value;
   return (
     <div class="tokens">
-      <Field label="first token" name="first" value={first} bounds={[0, most - 1]} state={state} />
-      <Field label="tokens" name="count" value={count} bounds={[1, MOST_TOKENS]} state={state} />
+      <Field label="first token" name="first" value={first} most={most - 1} bounds={[0, most - 1]} state={state} />
+      <Field label="tokens" name="count" value={count} most={most - first} bounds={[1, MOST_TOKENS]} state={state} />
       <span>of {most}</span>
     </div>
   );
@@ -54,11 +54,14 @@ interface FieldProps {
   label: string;
   name: "first" | "count";
   value: number;
+  /** The most there is to show. */
+  most: number;
+  /** What may be wished for. */
   bounds: [number, number];
   state: State;
 }
 
-function Field({ label, name, value, bounds: [least, most], state }: FieldProps) {
+function Field({ label, name, value, most, bounds: [least, beyond], state }: FieldProps) {
   return (
     <label>
       {label}{" "}
@@ -70,8 +73,8 @@ function Field({ label, name, value, bounds: [least, most], state }: FieldProps)
         max={most}
         onChange={(event) => {
           const asked = event.currentTarget.valueAsNumber;
-          if (Number.isFinite(asked)) state.pick({ [name]: Math.round(Math.min(most, Math.max(least, asked))) });
-          event.currentTarget.value = String(state.picks.value[name]);
+          if (Number.isFinite(asked)) state.pick({ [name]: Math.round(Math.min(beyond, Math.max(least, asked))) });
+          event.currentTarget.value = String(state.window.value[name]);
         }}
       />
     </label>

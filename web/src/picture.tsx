@@ -7,28 +7,30 @@ import { type Focus, type Lines, type Look, withheld } from "./lines.ts";
 import type { Example } from "./protocol.ts";
 import type { State } from "./state.ts";
 import { Weight } from "./weight.tsx";
-import { headsText, splitToken, withheldText } from "./words.ts";
+import { headsText, moreText, nothingText, splitToken, withheldText } from "./words.ts";
 
 const ROW = { least: 16, most: 30 };
 /** The headings' height and a little air. */
 const HEADING = 28;
+/** The height of the line that says which tokens are not drawn. */
+const MORE = 32;
 
 /** The attention-head view. */
 export function Picture({ state }: { state: State }) {
   const lines = state.lines.value;
   const example = lines && state.run.value?.examples[lines.question.example];
   if (!lines || !example) return <Empty text={emptyText(state)} />;
-  if (withheld(lines)) return <Empty text={withheldText(lines.question.layer, lines.check)} lines={lines} />;
+  if (withheld(lines)) return <Empty text={withheldText(lines.question.layer, lines)} lines={lines} />;
   return <Drawn state={state} lines={lines} example={example} />;
 }
 
 function emptyText(state: State): string {
   const { value: run } = state.run;
+  const life = state.life.value;
   if (state.problem.value) return "There is no picture to show.";
-  if (!run) return "Opening the run.";
-  if (state.steps.value.length && !(run.layers.length && run.examples.length))
-    return "This run has no attention on fixed examples to show.";
-  return state.steps.value.length ? "Reading the weights." : `Waiting for the first step of ${run.name}.`;
+  if (!run || !life) return "Opening the run.";
+  if (state.steps.value.length && run.layers.length && run.examples.length) return "Reading the weights.";
+  return nothingText(run.name, life, state.steps.value.length);
 }
 
 function Empty({ text, lines }: { text: string; lines?: Lines }) {
@@ -58,17 +60,18 @@ function Drawn({ state, lines, example }: { state: State; lines: Lines; example:
   const room = useSignal({ height: 0, width: 0 });
   const [, redraw] = useReducer((count: number) => count + 1, 0);
   const { shown_first: first, shown_count: count, question } = lines;
-  const row = Math.max(ROW.least, Math.min(ROW.most, Math.floor(room.value.height / count)));
   const focus = state.looked.value;
   const looks = state.looks.value;
   const strokes = state.strokes.value.looks;
   const slots = state.slots.value;
   const strong = question.heads.indexOf(state.strong.value ?? -1);
+  const air = HEADING + (count < example.tokens.length ? MORE : 0);
+  const row = Math.max(ROW.least, Math.min(ROW.most, Math.floor((room.value.height - air) / count)));
 
   useEffect(() => {
     const watch = new ResizeObserver(() => {
       const [box, drawing] = [holder.current, canvas.current];
-      if (box && drawing) room.value = { height: box.clientHeight - HEADING, width: drawing.clientWidth };
+      if (box && drawing) room.value = { height: box.clientHeight, width: drawing.clientWidth };
     });
     if (holder.current) watch.observe(holder.current);
     if (canvas.current) watch.observe(canvas.current);
@@ -112,7 +115,41 @@ function Drawn({ state, lines, example }: { state: State; lines: Lines; example:
         onTransitionEnd={() => redraw(undefined)}
       />
       <Column {...column} side="key" />
+      <More state={state} lines={lines} tokens={example.tokens.length} />
     </div>
+  );
+}
+
+/** Beyond this many, the tokens that are not drawn are shown a window at a time. */
+const MOST_AT_ONCE = 64;
+
+function More({ state, lines, tokens }: { state: State; lines: Lines; tokens: number }) {
+  const { shown_first: first, shown_count: count } = lines;
+  const said = moreText(first, tokens - first - count);
+  if (!said) return null;
+  const show = (from: number) => state.pick({ first: Math.max(0, Math.min(from, tokens - 1)) });
+  return (
+    <p class="more">
+      <span>{said}</span>
+      {tokens <= MOST_AT_ONCE ? (
+        <button type="button" name="more" onClick={() => state.pick({ first: 0, count: tokens })}>
+          show all
+        </button>
+      ) : (
+        <>
+          {first > 0 && (
+            <button type="button" name="before" onClick={() => show(first - state.picks.value.count)}>
+              show those before
+            </button>
+          )}
+          {first + count < tokens && (
+            <button type="button" name="more" onClick={() => show(first + count)}>
+              show the next
+            </button>
+          )}
+        </>
+      )}
+    </p>
   );
 }
 

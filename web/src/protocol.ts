@@ -59,6 +59,8 @@ export type Scalars = Record<string, { step: number[]; value: (number | null)[] 
 /** Facts of `trial`. */
 export interface Run {
   name: string;
+  /** Another folder under the same name has another; older servers do not say. */
+  run?: string | undefined;
   attempt: number;
   state: Life;
   steps: number[];
@@ -95,13 +97,19 @@ export interface Check {
   passed: boolean | null;
 }
 
+/** No mask, the kernel's own causal flag, or a tensor. */
+export type Mask = "none" | "causal" | "given";
+
 /** Facts of `lines`. */
 export interface LinesFacts {
   top: number;
   shown_first: number;
   shown_count: number;
-  causal: boolean;
+  /** Older servers do not say. */
+  mask?: Mask;
   check: Check;
+  /** Why the weights are not the tokens' own; empty where they are. */
+  withheld?: string;
   route: string;
   dtype: string;
   scale: number | null;
@@ -109,6 +117,7 @@ export interface LinesFacts {
 
 /** What is new about a run: the data of one `trial` event. */
 export interface Change {
+  run?: string | undefined;
   steps: number[];
   state: Life;
   scalars: Scalars;

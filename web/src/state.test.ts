@@ -1,7 +1,7 @@
 import { afterEach, expect, test, vi } from "vitest";
 import { Madeup, type Making } from "../dev/madeup.ts";
 import { Gone, type LinesQuestion, Problem } from "./protocol.ts";
-import { append, State, union } from "./state.ts";
+import { append, fitted, replaced, State, union } from "./state.ts";
 
 const lives: AbortController[] = [];
 
@@ -200,7 +200,7 @@ test("when the server is back, what could not be had is asked for again", async 
   await settle();
   expect([state.gone.value, state.lines.value?.question.step]).toEqual([true, 20]);
   madeup.ask = answer;
-  madeup.say({ steps: [], state: madeup.run.state, scalars: {}, attempt: 0 });
+  madeup.say(madeup.change());
   await settle();
   expect([state.gone.value, state.lines.value?.question.step]).toEqual([false, 0]);
 });
@@ -211,11 +211,196 @@ test("a new attempt forgets the old one's steps and replies", async () => {
   madeup.run.steps = [0, 20];
   madeup.run.scalars = { loss: { step: [0], value: [9] } };
   madeup.asked.length = 0;
-  madeup.say({ steps: [20], state: madeup.run.state, scalars: {}, attempt: 1 });
+  madeup.say(madeup.change({ steps: [20] }));
   await settle();
   expect(state.steps.value).toEqual([0, 20]);
   expect(state.scalars.value).toEqual({ loss: { step: [0], value: [9] } });
   expect(madeup.asked.map(({ ask }) => ask)).toEqual(expect.arrayContaining(["trial", "lines", "step"]));
+});
+
+const small = { layers: 2, heads: 2, examples: 1, tokens: 3, steps: 2 };
+
+test("a new attempt with less of everything moves the picks to what there is", async () => {
+  const { state, madeup } = await open({ steps: 3 });
+  state.pick({ layer: 3, heads: [5, 11], example: 4, first: 12 });
+  await settle();
+  madeup.become({ ...small, attempt: 1 });
+  await settle();
+  expect(state.picks.value).toMatchObject({ layer: 1, heads: [0], example: 0 });
+  const tokens = madeup.run.examples[0].tokens.length;
+  const shown = { step: 10, layer: 1, heads: [0], example: 0, first: 12, count: tokens - 12 };
+  expect(state.lines.value?.question).toMatchObject(shown);
+  expect(madeup.asked.filter(({ ask }) => ask === "first_look")).toHaveLength(1);
+});
+
+test("a new attempt is looked at anew where nobody has picked", async () => {
+  const { state, madeup } = await open({ steps: 3 });
+  madeup.become({ ...small, heads: 4, attempt: 1 });
+  await settle();
+  expect(state.lines.value?.question).toMatchObject({ step: 10, layer: 1, heads: [3], example: 0 });
+  expect(state.opened.value).toMatchObject({ layer: 1, step: 10 });
+  expect(madeup.asked.filter(({ ask }) => ask === "first_look")).toHaveLength(2);
+});
+
+test("a late first look at another run moves nothing", async () => {
+  vi.useFakeTimers();
+  const { state, madeup } = await open({ steps: 3, looking: 5000 });
+  await vi.advanceTimersByTimeAsync(1000);
+  madeup.become({ attempt: 1, looking: 60_000 });
+  await vi.advanceTimersByTimeAsync(10_000);
+  expect([state.opened.value, state.picks.value.layer]).toEqual([null, 0]);
+  expect(state.lines.value?.question).toMatchObject({ step: 20, layer: 0 });
+});
+
+test("steps that were thinned are left for the nearest before, or the first", async () => {
+  const { state, madeup } = await open({ steps: 5 });
+  const thin = (steps: number[], thinned: number) => {
+    madeup.run.steps = steps;
+    madeup.run.state = { ...madeup.run.state, thinned };
+    madeup.say(madeup.change());
+  };
+  state.go(3);
+  thin([10, 20, 40], 1);
+  await settle();
+  expect([state.step.value, state.steps.value]).toEqual([20, [10, 20, 40]]);
+  state.go(0);
+  thin([20, 40], 2);
+  await settle();
+  expect([state.step.value, state.following.value]).toEqual([20, false]);
+});
+
+test("a run deleted and trained again under the same number is another run", async () => {
+  const { state, madeup } = await open({ steps: 5 });
+  state.go(1);
+  state.hold({ side: "query", token: 3 });
+  await settle();
+  madeup.asked.length = 0;
+  madeup.become({ ...small, run: "77aa" });
+  await settle();
+  expect(madeup.asked[0]).toEqual({ ask: "trial" });
+  expect(state.steps.value).toEqual([0, 10]);
+  expect(state.scalars.value.loss.step).toHaveLength(11);
+  expect([state.step.value, state.following.value, state.pin.value]).toEqual([10, true, null]);
+  expect([state.lines.value?.question.step, state.facts.value?.step]).toEqual([10, 10]);
+});
+
+test.each([
+  ["by a server that names runs", "5f0c", ""],
+  ["by an older server", undefined, undefined],
+])("while the run is gone there is no old picture, %s", async (_, before, meanwhile) => {
+  const { state, madeup } = await open({ steps: 3 });
+  madeup.run.run = before;
+  const { name } = madeup.run;
+  madeup.become({ steps: 0, state: "waiting" });
+  madeup.run.run = meanwhile;
+  expect([state.lines.value, state.facts.value, state.step.value]).toEqual([null, null, null]);
+  await settle();
+  expect([state.steps.value, state.scalars.value, state.lines.value]).toEqual([[], {}, null]);
+  expect([state.run.value?.name, state.life.value?.state]).toEqual([name, "waiting"]);
+  madeup.become({ ...small, run: "77aa", state: "training" });
+  await settle();
+  expect([state.steps.value, state.lines.value?.question.step]).toEqual([[0, 10], 10]);
+});
+
+test("a page that was refused opens the run at the next event", async () => {
+  const madeup = new Madeup({ steps: 3, state: "training" });
+  const answer = madeup.ask.bind(madeup);
+  madeup.ask = () => Promise.reject(new Problem("no run here"));
+  const life = new AbortController();
+  lives.push(life);
+  const state = new State(madeup, life.signal);
+  await settle();
+  expect([state.problem.value, state.run.value]).toEqual(["no run here", null]);
+  madeup.ask = answer;
+  madeup.say(madeup.change());
+  await settle();
+  expect([state.problem.value, state.lines.value?.question.step]).toEqual(["", 20]);
+});
+
+test("another run that cannot be opened yet leaves no old picture, and is opened at the next event", async () => {
+  const { state, madeup } = await open({ steps: 3 });
+  const answer = madeup.ask.bind(madeup);
+  madeup.ask = () => Promise.reject(new Problem("damaged"));
+  madeup.become({ run: "77aa" });
+  await settle();
+  expect([state.problem.value, state.lines.value]).toEqual(["damaged", null]);
+  madeup.ask = answer;
+  madeup.say(madeup.change());
+  await settle();
+  expect([state.problem.value, state.lines.value?.question.step]).toEqual(["", 20]);
+});
+
+test("a picture that was refused is asked for again at the next event", async () => {
+  const { state, madeup } = await open({ steps: 3 });
+  const answer = madeup.ask.bind(madeup);
+  madeup.ask = () => Promise.reject(new Problem("no such step"));
+  state.go(0);
+  await settle();
+  expect([state.problem.value, state.lines.value?.question.step]).toEqual(["no such step", 20]);
+  madeup.ask = answer;
+  madeup.say(madeup.change());
+  await settle();
+  expect([state.problem.value, state.lines.value?.question.step]).toEqual(["", 0]);
+});
+
+test("a run without attention has its reason to tell", async () => {
+  const message = "NO ATTENTION WAS CAUGHT in Net: it calls none";
+  const { state } = await open({ steps: 0, message });
+  expect([state.lines.value, state.life.value?.message]).toEqual([null, message]);
+});
+
+test("weights that are withheld come with their reason", async () => {
+  const { state } = await open({ withheld: "Keys are patches." });
+  expect(state.lines.value?.withheld).toBe("Keys are patches.");
+  expect(state.strokes.value.looks).toEqual([]);
+});
+
+test("a wish for more tokens than there are is remembered", async () => {
+  const { state } = await open({ tokens: 3 });
+  state.pick({ example: 4, count: 20 });
+  expect(state.window.value).toEqual({ first: 0, count: state.tokens.value });
+  expect(state.tokens.value).toBeLessThan(20);
+  state.pick({ example: 3 });
+  expect(state.window.value).toEqual({ first: 0, count: 20 });
+});
+
+test("a first look that takes long does not keep the page blank", async () => {
+  vi.useFakeTimers();
+  const { state, lines } = await open({ steps: 3, looking: 5000 });
+  await vi.advanceTimersByTimeAsync(200);
+  expect(state.lines.value?.question).toMatchObject({ step: 20, layer: 0, heads: [0], example: 0 });
+  await vi.advanceTimersByTimeAsync(5000);
+  expect(state.lines.value?.question).toMatchObject({ step: 20, layer: 3, heads: [7], example: 1 });
+  expect(lines()).toHaveLength(2);
+});
+
+test("nor does it move who has picked meanwhile, who waits for nothing", async () => {
+  vi.useFakeTimers();
+  const { state } = await open({ steps: 3, looking: 5000 });
+  state.pick({ layer: 2 });
+  await vi.advanceTimersByTimeAsync(0);
+  expect(state.lines.value?.question.layer).toBe(2);
+  await vi.advanceTimersByTimeAsync(6000);
+  expect([state.lines.value?.question.layer, state.opened.value]).toEqual([2, null]);
+});
+
+test("picks stay as they are while the run has nothing", () => {
+  const picks = { layer: 5, heads: [7], example: 3, first: 4, count: 20 };
+  expect(fitted(picks, null)).toEqual(picks);
+  expect(fitted(picks, { ...new Madeup({ steps: 0 }).run, examples: [] })).toEqual(picks);
+});
+
+test("another attempt, folder or nothing any more is another run; what is not said is no difference", () => {
+  const { run } = new Madeup();
+  const now = { ...run, scalars: {} };
+  const waiting = { ...run.state, state: "waiting" as const };
+  expect(replaced(run, [0], now)).toBe(false);
+  expect(replaced(run, [0], { ...now, run: undefined })).toBe(false);
+  expect(replaced({ ...run, run: undefined }, [0], now)).toBe(false);
+  expect(replaced(run, [0], { ...now, run: "77aa" })).toBe(true);
+  expect(replaced(run, [0], { ...now, attempt: 1 })).toBe(true);
+  expect(replaced(run, [0], { ...now, state: waiting })).toBe(true);
+  expect(replaced(run, [], { ...now, state: waiting })).toBe(false);
 });
 
 test("a change that comes while the run is being opened is not lost", async () => {
@@ -223,7 +408,7 @@ test("a change that comes while the run is being opened is not lost", async () =
   const life = new AbortController();
   lives.push(life);
   const state = new State(madeup, life.signal);
-  madeup.say({ steps: [777], state: madeup.run.state, scalars: {}, attempt: 0 });
+  madeup.say(madeup.change({ steps: [777] }));
   await settle();
   expect(state.steps.value).toEqual([0, 10, 777]);
 });

@@ -1,7 +1,7 @@
 /** What is chosen and what has come: the signals that every view reads, and the moves that change them. */
 import { batch, computed, effect, signal, untracked } from "@preact/signals";
 import { assign, type Slots } from "./colour.ts";
-import { type Focus, inside, type Lines, looksOf, questionOf, readLines, strokesOf } from "./lines.ts";
+import { type Focus, inside, type Lines, looksOf, questionOf, readLines, strokesOf, windowOf } from "./lines.ts";
 import {
   type Change,
   type FirstLook,
@@ -19,7 +19,10 @@ import {
 } from "./protocol.ts";
 import { Newest, Replies } from "./replies.ts";
 
-/** What a person may pick. */
+/** So long the first picture waits for the first look: where that is quick, nothing is drawn twice. */
+const PATIENCE_MS = 150;
+
+/** What a person may pick; `first` and `count` are as wished, whatever the example's length. */
 export interface Picks {
   layer: number;
   heads: number[];
@@ -37,14 +40,19 @@ export class State {
   /** Seconds since the trainer was last heard of. */
   readonly age_s = signal(0);
   readonly gone = signal(false);
-  /** Why the picture asked for is not there. */
-  readonly problem = signal("");
+  readonly #wrong = signal<Partial<Record<"trial" | "lines" | "step", string>>>({});
+  /** Why what was asked for is not there. */
+  readonly problem = computed(() => Object.values(this.#wrong.value).find(Boolean) ?? "");
   /** What is wrong with the run. */
   readonly trouble = signal("");
 
   readonly picks = signal<Picks>({ layer: 0, heads: [0], example: 0, first: 0, count: 20 });
   /** The heads that the run has of the picked layer. */
   readonly heads = computed(() => headsOf(this.run.value?.layers[this.picks.value.layer]));
+  /** How many tokens the picked example has. */
+  readonly tokens = computed(() => this.run.value?.examples[this.picks.value.example]?.tokens.length ?? 0);
+  /** The tokens to draw of it. */
+  readonly window = computed(() => windowOf(this.picks.value, this.tokens.value));
   /** The colours of the heads in the picture. */
   readonly slots = signal<Slots>(new Map());
   readonly step = signal<number | null>(null);
@@ -87,7 +95,12 @@ export class State {
   #missed: Change[] = [];
   #touched = false;
   #first: "unseen" | "asked" | "seen" = "unseen";
+  /** The newest step when a first look was last asked for. */
+  #tried: number | null = null;
+  #patience = 0;
   #settled = signal(false);
+  /** Whether the run must be asked for anew. */
+  #stale = true;
   #before: number[] = [0];
   #timer = 0;
   #replies!: Replies;
@@ -103,16 +116,20 @@ export class State {
     signal.addEventListener("abort", () => {
       clearInterval(clock);
       clearTimeout(this.#timer);
+      clearTimeout(this.#patience);
       for (const each of stop) each();
     });
     source.onTrial((news) => this.#hear(news), signal);
-    void this.#open();
+    void this.#open(null);
   }
 
   /** Changes what is picked; from here on the first look moves nothing. */
   pick(change: Partial<Picks>): void {
     this.#touched = true;
-    this.#choose(change);
+    batch(() => {
+      this.#choose(change);
+      this.#settled.value = true;
+    });
   }
 
   /** Shows one head alone, or with `more` adds it to or takes it from those shown. */
@@ -190,10 +207,7 @@ export class State {
 
   #choose(change: Partial<Picks>): void {
     batch(() => {
-      const picks = { ...this.picks.value, ...change };
-      const all = headsOf(this.run.value?.layers[picks.layer]);
-      const heads = picks.heads.filter((head) => all.includes(head));
-      this.picks.value = { ...picks, heads: heads.length ? heads : [all[0] ?? 0] };
+      this.picks.value = fitted({ ...this.picks.value, ...change }, this.run.value);
       this.strong.value = null;
     });
   }
@@ -221,9 +235,45 @@ export class State {
     this.#picture?.forget();
     this.#check?.forget();
     this.#replies = new Replies(this.#source);
-    const failed = (error: unknown) => this.#fail(error);
-    this.#picture = new Newest(this.#replies, (question, reply) => this.#show(question, reply), failed);
-    this.#check = new Newest(this.#replies, (_, { facts }) => (this.facts.value = facts as StepFacts), failed);
+    this.#picture = new Newest(
+      this.#replies,
+      (question, reply) => this.#show(question, reply),
+      (error) => this.#fail("lines", error),
+    );
+    this.#check = new Newest(
+      this.#replies,
+      (_, { facts }) => {
+        this.facts.value = facts as StepFacts;
+        this.#say("step", "");
+      },
+      (error) => this.#fail("step", error),
+    );
+  }
+
+  /** Lets go of all that is known of the run, save its name. */
+  #forget({ run, attempt, state }: Change): void {
+    clearTimeout(this.#timer);
+    clearTimeout(this.#patience);
+    this.#first = "unseen";
+    this.#tried = null;
+    batch(() => {
+      this.#clear();
+      const old = this.run.value;
+      const none = { run, attempt, state, steps: [], layers: [], examples: [], scalars: {} };
+      this.run.value = old && { ...old, ...none };
+      this.steps.value = [];
+      this.step.value = null;
+      this.scalars.value = {};
+      this.lines.value = null;
+      this.facts.value = null;
+      this.opened.value = null;
+      this.slots.value = new Map();
+      this.#wrong.value = {};
+      this.#settled.value = false;
+      this.following.value = true;
+      this.playing.value = false;
+      this.release();
+    });
   }
 
   #askLines(): void {
@@ -245,46 +295,56 @@ export class State {
     batch(() => {
       this.lines.value = readLines(question, reply);
       this.slots.value = assign(this.slots.value, question.heads);
-      this.problem.value = "";
+      this.#say("lines", "");
     });
   }
 
-  #fail(error: unknown): void {
-    if (error instanceof Gone) this.gone.value = true;
-    else this.problem.value = error instanceof Error ? error.message : String(error);
+  #say(about: "trial" | "lines" | "step", message: string): void {
+    if ((this.#wrong.value[about] ?? "") !== message) this.#wrong.value = { ...this.#wrong.value, [about]: message };
   }
 
-  async #open(): Promise<void> {
+  #fail(about: "trial" | "lines" | "step", error: unknown): void {
+    if (error instanceof Gone) this.gone.value = true;
+    else this.#say(about, error instanceof Error ? error.message : String(error));
+  }
+
+  /** Asks for the run, because of `change` if there is one. */
+  async #open(change: Change | null): Promise<void> {
     if (this.#opening) return;
     this.#opening = true;
+    this.#stale = true;
     try {
       const { facts } = await this.#source.ask({ ask: "trial" });
       this.#begin(facts as Run);
     } catch (error) {
-      this.#fail(error);
+      batch(() => {
+        if (change && this.#replacedBy(change)) this.#forget(change);
+        if (change) this.#hearLife(change.state);
+        this.#fail("trial", error);
+      });
     }
     this.#opening = false;
-    for (const change of this.#missed.splice(0)) if (change.attempt === this.run.value?.attempt) this.#merge(change);
+    for (const missed of this.#missed.splice(0)) this.#learn(missed);
   }
 
   #begin(run: Run): void {
-    const same = this.run.value?.attempt === run.attempt;
     batch(() => {
-      if (!same) {
-        this.#clear();
-        this.scalars.value = {};
-        this.lines.value = null;
-        this.facts.value = null;
-        this.step.value = null;
-      }
+      if (this.#replacedBy(run)) this.#forget(run);
+      this.#stale = false;
+      this.#say("trial", "");
       this.run.value = run;
       this.steps.value = run.steps;
       const step = this.step.value;
       if (step !== null && !run.steps.includes(step))
-        this.step.value = run.steps.findLast((have) => have < step) ?? null;
+        this.step.value = run.steps.findLast((have) => have < step) ?? run.steps[0] ?? null;
       this.#choose({});
-      this.#merge({ ...run, state: run.state });
+      this.#merge(run);
     });
+  }
+
+  #replacedBy(now: Change): boolean {
+    const run = this.run.value;
+    return run !== null && replaced(run, this.steps.value, now);
   }
 
   #hear(news: News): void {
@@ -296,16 +356,25 @@ export class State {
 
   #learn(change: Change): void {
     const run = this.run.value;
-    const wasGone = this.gone.value;
+    const again = this.gone.value || this.problem.value !== "";
     this.gone.value = false;
     this.trouble.value = "";
-    if (this.#opening) this.#missed.push(change);
+    if (this.#opening) {
+      this.#missed.push(change);
+      return;
+    }
+    const other = this.#replacedBy(change);
+    if (other && change.state.state === "waiting") {
+      this.#forget(change);
+      this.#hearLife(change.state);
+    }
     // Before the first file is there, a run has no layers to speak of.
-    else if (run?.attempt !== change.attempt || (change.steps.length && !run.layers.length)) void this.#open();
-    else if (run.state.thinned !== change.state.thinned) void this.#open();
+    const grown = change.steps.length > 0 && !run?.layers.length;
+    if (this.#stale || other || grown || run?.state.thinned !== change.state.thinned) void this.#open(change);
     else {
+      const step = this.step.value;
       this.#merge(change);
-      if (wasGone) this.#askAgain();
+      if (again && step === this.step.value) this.#askAgain();
     }
   }
 
@@ -316,9 +385,7 @@ export class State {
 
   #merge(change: Change): void {
     batch(() => {
-      this.life.value = change.state;
-      this.#heard_ms = performance.now();
-      this.#tick();
+      this.#hearLife(change.state);
       if (change.steps.length) this.steps.value = union(this.steps.value, change.steps);
       this.scalars.value = append(this.scalars.value, change.scalars);
       if (this.following.value || this.step.value === null) this.step.value = this.steps.value.at(-1) ?? null;
@@ -326,27 +393,61 @@ export class State {
     void this.#look();
   }
 
+  #hearLife(life: Life): void {
+    this.life.value = life;
+    this.#heard_ms = performance.now();
+    this.#tick();
+  }
+
   /** Opens what changed most, once, as soon as there are two steps and if nothing was picked until then. */
   async #look(): Promise<void> {
     const newest = this.steps.value.at(-1);
     if (newest === undefined || this.#first === "asked") return;
-    if (this.#first === "unseen" && this.steps.value.length > 1 && !this.#touched) {
-      this.#first = "asked";
-      const reply = await this.#replies.ask({ ask: "first_look", step: newest }).catch(() => null);
-      this.#first = "seen";
+    if (this.#first === "seen" || this.steps.value.length < 2 || this.#touched || newest === this.#tried) {
+      this.#settled.value = true;
+      return;
+    }
+    this.#first = "asked";
+    this.#tried = newest;
+    this.#patience = setTimeout(() => (this.#settled.value = true), PATIENCE_MS);
+    const replies = this.#replies;
+    const reply = await replies.ask({ ask: "first_look", step: newest }).catch(() => null);
+    if (replies !== this.#replies) return;
+    clearTimeout(this.#patience);
+    this.#first = reply ? "seen" : "unseen";
+    batch(() => {
       if (reply && !this.#touched) {
         const look = reply.facts as FirstLook;
         this.opened.value = { ...look, step: newest };
         this.#choose({ layer: look.layer, heads: [look.head], example: look.example });
       }
-    }
-    this.#settled.value = true;
+      this.#settled.value = true;
+    });
   }
 
   #tick(): void {
     const life = this.life.value;
     if (life) this.age_s.value = (life.age_s ?? 0) + Math.floor((performance.now() - this.#heard_ms) / 1000);
   }
+}
+
+/** Whether `now` speaks of another run than the one shown, or of one that is gone. */
+export function replaced(shown: Run, steps: readonly number[], now: Change): boolean {
+  const another = (shown.run ?? now.run) !== (now.run ?? shown.run) || shown.attempt !== now.attempt;
+  return another || (now.state.state === "waiting" && steps.length > 0);
+}
+
+/** The picks moved to what the run has; as they are while it has nothing. */
+export function fitted(picks: Picks, run: Run | null): Picks {
+  const layer = within(picks.layer, run?.layers);
+  const all = headsOf(run?.layers[layer]);
+  const kept = picks.heads.filter((head) => all.includes(head));
+  const heads = kept.length ? kept : all.slice(0, 1);
+  return { ...picks, layer, heads: all.length ? heads : picks.heads, example: within(picks.example, run?.examples) };
+}
+
+function within(index: number, list: readonly unknown[] = []): number {
+  return list.length ? Math.min(index, list.length - 1) : index;
 }
 
 /** All of two rising lists, rising, each once. */

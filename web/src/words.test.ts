@@ -5,7 +5,11 @@ import {
   duration,
   errorText,
   headsText,
+  lifeNote,
   lifeText,
+  maskText,
+  moreText,
+  nothingText,
   percent,
   scalarText,
   splitToken,
@@ -21,12 +25,19 @@ test.each<[Partial<Life>, number, string]>([
   [{}, 2, "training · step 420 · 2 s ago"],
   [{ skipped: 1200 }, 2, "training · step 420 · 2 s ago · 1,200 captures skipped"],
   [{ step: null }, 2, "Waiting for the first step of runs/a."],
+  [{ step: null, message: "NO ATTENTION" }, 2, "training · no step yet · 2 s ago"],
   [{ state: "waiting", step: null }, 90, "Waiting for the first step of runs/a."],
   [{ alive: false }, 190, "No sign of the trainer for 3 minutes; last step 420."],
   [{ alive: false, step: null }, 61, "No sign of the trainer for 1 minute; no step yet."],
   [{ state: "ended", step: 3000 }, 9, "Training ended at step 3,000."],
   [{ state: "stopped" }, 9, "Training was stopped at step 420."],
-  [{ state: "failed", message: "out of memory" }, 9, "Training failed at step 420: out of memory"],
+  [
+    { state: "stopped", message: "KeyboardInterrupt at step 416" },
+    9,
+    "Training was stopped: KeyboardInterrupt at step 416",
+  ],
+  [{ state: "failed" }, 9, "Training failed at step 420."],
+  [{ state: "failed", message: "ValueError at step 416" }, 9, "Training failed: ValueError at step 416"],
 ])("%j is said as a sentence", (change, age_s, sentence) => {
   expect(lifeText({ ...life, ...change }, "runs/a", age_s)).toBe(sentence);
 });
@@ -85,8 +96,46 @@ test("the self-check of a layer", () => {
   expect(checkText(check)).toBe("0.4 (limit 0.02)");
   expect(checkText({ ...check, limit: null })).toBe("0.4");
   expect(checkText({ ...check, error: null, note: "unchecked: dropout" })).toBe("unchecked: dropout");
-  expect(withheldText(3, check)).toBe("Layer 3 failed its self-check (0.4): not drawn.");
-  expect(withheldText(3, { ...check, error: null })).toBe("Layer 3 failed its self-check: not drawn.");
+});
+
+test("why a layer is not drawn", () => {
+  const check = { error: 0.4, limit: 0.02, note: "", passed: false };
+  const lines = { top: 0, shown_first: 0, shown_count: 5, check, route: "sdpa", dtype: "float32", scale: 1 };
+  expect(withheldText(3, lines)).toBe("Layer 3 failed its self-check (0.4): not drawn.");
+  expect(withheldText(3, { ...lines, check: { ...check, error: null } })).toBe(
+    "Layer 3 failed its self-check: not drawn.",
+  );
+  expect(withheldText(3, { ...lines, withheld: "Keys are patches." })).toBe("Keys are patches.");
+});
+
+test("a mask is none, causal or given, which it is where an older server does not say", () => {
+  expect([maskText("none"), maskText("causal"), maskText("given"), maskText()]).toEqual([
+    "none",
+    "causal",
+    "given as a tensor",
+    "given as a tensor",
+  ]);
+});
+
+test("a run without a picture says why, in the trainer's words if it has any", () => {
+  const caught = "NO ATTENTION WAS CAUGHT in Net: it calls none";
+  expect(nothingText("runs/a", { ...life, message: caught }, 0)).toBe(caught);
+  expect(nothingText("runs/a", life, 3)).toBe("This run has no attention on fixed examples to show.");
+  expect(nothingText("runs/a", { ...life, state: "waiting" }, 0)).toBe("Waiting for the first step of runs/a.");
+  expect(nothingText("runs/a", { ...life, state: "ended" }, 0)).toBe("Training is over, and no step was captured.");
+});
+
+test("what the trainer noted is told once", () => {
+  expect(lifeNote({ ...life, message: "captures are off" })).toBe("captures are off");
+  expect(lifeNote({ ...life, state: "ended", message: "captures are off" })).toBe("captures are off");
+  expect(lifeNote({ ...life, state: "failed", message: "ValueError" })).toBe("");
+});
+
+test("the tokens that are not drawn are counted", () => {
+  expect(moreText(0, 0)).toBe("");
+  expect(moreText(0, 1)).toBe("1 more token after these");
+  expect(moreText(20, 0)).toBe("20 more tokens before these");
+  expect(moreText(1, 1200)).toBe("1 more token before these, 1,200 after");
 });
 
 test("a prediction is judged by its label, if both are there", () => {

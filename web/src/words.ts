@@ -1,5 +1,5 @@
 /** What is said in words and how numbers are written. */
-import type { Check, Example, Life, StepFacts } from "./protocol.ts";
+import type { Check, Example, Life, LinesFacts, Mask, StepFacts } from "./protocol.ts";
 
 /** "3,000" */
 export function whole(count: number): string {
@@ -42,15 +42,22 @@ export function duration(seconds: number): string {
 /** How the trainer is, in a sentence; `age_s` is how long ago it was last heard of. */
 export function lifeText(life: Life, name: string, age_s: number): string {
   const step = whole(life.step ?? 0);
-  const why = life.message ? `: ${life.message}` : ".";
+  const how = life.message ? `: ${life.message}` : ` at step ${step}.`;
   const skipped = life.skipped ? ` · ${whole(life.skipped)} captures skipped` : "";
   if (life.state === "ended") return `Training ended at step ${step}.${skipped}`;
-  if (life.state === "stopped") return `Training was stopped at step ${step}${why}${skipped}`;
-  if (life.state === "failed") return `Training failed at step ${step}${why}${skipped}`;
+  if (life.state === "stopped") return `Training was stopped${how}${skipped}`;
+  if (life.state === "failed") return `Training failed${how}${skipped}`;
   if (!life.alive && life.state === "training")
     return `No sign of the trainer for ${duration(age_s)}; ${life.step === null ? "no step yet" : `last step ${step}`}.`;
+  if (life.state === "training" && life.step === null && life.message)
+    return `training · no step yet · ${duration(age_s)} ago${skipped}`;
   if (life.state === "waiting" || life.step === null) return `Waiting for the first step of ${name}.`;
   return `training · step ${step} · ${duration(age_s)} ago${skipped}`;
+}
+
+/** What the trainer said of itself, where the sentence about it does not. */
+export function lifeNote({ state, message }: Life): string {
+  return state === "failed" || state === "stopped" ? "" : message;
 }
 
 /** The self-check of a whole step, in a few words. */
@@ -66,8 +73,30 @@ export function checkText(check: Check): string {
   return check.limit === null ? errorText(check.error) : `${errorText(check.error)} (limit ${errorText(check.limit)})`;
 }
 
+/** Why a run has no picture at all. */
+export function nothingText(name: string, life: Life, steps: number): string {
+  if (life.message) return life.message;
+  if (steps) return "This run has no attention on fixed examples to show.";
+  const over = life.state === "ended" || life.state === "stopped" || life.state === "failed";
+  return over ? "Training is over, and no step was captured." : `Waiting for the first step of ${name}.`;
+}
+
+/** "1 more token after these", "" where all are there. */
+export function moreText(before: number, after: number): string {
+  const tokens = (count: number) => `${whole(count)} more ${count === 1 ? "token" : "tokens"}`;
+  if (before && after) return `${tokens(before)} before these, ${whole(after)} after`;
+  if (before) return `${tokens(before)} before these`;
+  return after ? `${tokens(after)} after these` : "";
+}
+
+/** What queries are kept from looking at. */
+export function maskText(mask: Mask = "given"): string {
+  return mask === "given" ? "given as a tensor" : mask;
+}
+
 /** Why there is no picture. */
-export function withheldText(layer: number, check: Check): string {
+export function withheldText(layer: number, { check, withheld }: LinesFacts): string {
+  if (withheld) return withheld;
   const error = check.error === null ? "" : ` (${errorText(check.error)})`;
   return `Layer ${layer} failed its self-check${error}: not drawn.`;
 }

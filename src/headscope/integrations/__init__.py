@@ -1,0 +1,1 @@
+"""One callback for each trainer that people have: `huggingface` and `lightning`."""
