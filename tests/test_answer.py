@@ -304,7 +304,7 @@ def test_a_bad_question_is_told_what_is_wrong(question: dict[str, Any], text: st
 def test_what_the_run_has_not_is_named(tmp_path: Path) -> None:
     trial = run_of(tmp_path)
     for ask in ({"ask": "step", "step": 5}, {"ask": "first_look", "step": 5}, {**LINES, "step": 5}):
-        with pytest.raises(NoSuchStep, match=r"^no step 5 in .*; it has 0, nearest 0\. "):
+        with pytest.raises(NoSuchStep, match=r"^no step 5 in .*; it has 0, nearest 0\.$"):
             answer(trial, ask)
     with pytest.raises(NoSuchName, match=r"^no layer 2 at step 0 of .*; it has 2 attention layers$"):
         answer(trial, {**LINES, "layer": 2})

@@ -60,5 +60,5 @@ def test_a_failing_self_check_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(NoSuchName, match=r"there is no headscope\.json; give the folder that was passed to"):
+    with pytest.raises(NoSuchName, match=r"which has no headscope\.json; give the folder that was passed to"):
         audit(tmp_path)

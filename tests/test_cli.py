@@ -44,6 +44,16 @@ def test_check_exit_status_tells_faults(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 1
 
 
+def test_a_folder_above_runs_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a", [0])
+    make(tmp_path / "b", [0])
+    for command in ("info", "check"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "which has runs in it: a, b; give the folder" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "a" / "live.json")]) == 2
+    assert "live.json, which is a file; give" in capsys.readouterr().err
+
+
 def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("info", "check"):
         assert main([command, str(tmp_path / "none")]) == 2

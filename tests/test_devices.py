@@ -337,9 +337,9 @@ def test_an_empty_capture_cannot_be_missed(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_data_parallel_is_heard_once(tmp_path: Path) -> None:
-    model = models.bert()
-    with watch(nn.DataParallel(model), tmp_path, every=1):
-        train(nn.DataParallel(model), 2)
+    model = nn.DataParallel(models.bert())
+    with watch(model, tmp_path, every=1):
+        train(model, 2)
     assert clean(tmp_path).steps() == [0, 1, 2]
     assert open_trial(tmp_path).header(2).facts("forwards", dict) == {"train": 2, "eval": 0}
 

@@ -142,7 +142,7 @@ def reply(trial: Trial, **question: Any) -> Any:
     if question["ask"] == "lines" and len(blob) > REPLY_BYTES:
         raise AssertionError(f"a reply of {len(blob)} bytes")
     facts = json.loads(header.metadata["facts"])
-    for moving in ("state", "name", "attempt", "labels"):
+    for moving in ("state", "name", "run", "attempt", "labels"):
         facts.pop(moving, None)
     return [facts, tensors]
 

@@ -12,8 +12,8 @@ RUNGS = [
     {"errors"},
     {"attention", "blob"},
     {"facts", "store"},
-    {"boundary", "forwards", "ranks", "statistics", "trial"},
-    {"capture", "monitors", "record", "audit"},
+    {"boundary", "forwards", "ranks", "statistics", "history"},
+    {"trial", "capture", "monitors", "record", "audit"},
     {"why", "answer"},
     {"watch", "notebook", "server", "export"},
     {"demo", "integrations", "smdebug"},
@@ -38,7 +38,7 @@ WRITE_SIDE = {
     "integrations",
     "replay",
 }
-READ_SIDE = {"facts", "trial", "audit", "monitors", "answer", "notebook", "server", "export"}
+READ_SIDE = {"facts", "history", "trial", "audit", "monitors", "answer", "notebook", "server", "export"}
 ALLOWED = {
     "torch": WRITE_SIDE,
     "transformers": {"demo", "integrations", "replay"},

@@ -17,10 +17,10 @@ import pytest
 from numpy.typing import NDArray
 
 from golden.synthetic import BF16, Call, examples, put, write
-from headscope import attention, open_trial, trial
+from headscope import attention, history, open_trial
 from headscope.errors import HeadscopeWarning, NoSuchName, NoSuchStep, StoreError, TrainerGone
 from headscope.facts import Check, Layer, State
-from headscope.store import Files
+from headscope.store import Files, Writer
 from headscope.trial import Trial
 
 Array = NDArray[Any]
@@ -123,15 +123,22 @@ def test_bfloat16_comes_as_float32_with_the_same_values(tmp_path: Path) -> None:
     assert np.abs(found).max() > 0.5
 
 
+def test_a_step_that_may_come_can_be_waited_for(tmp_path: Path) -> None:
+    run = Writer(tmp_path, {}, print)
+    run.submit(0, run.image(), lambda metadata: (metadata, None))
+    trial = open_trial(tmp_path)
+    trial.wait(0, timeout=20)
+    with pytest.raises(NoSuchStep, match=r"nearest 0\. trial\.wait\(step=12\) blocks until it is written\.$"):
+        trial.header(12)
+    run.close()
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     write(tmp_path / "run", [0, 10, 30], BOTH)
     run = open_trial(tmp_path / "run")
     with pytest.raises(NoSuchStep) as step:
         run.tensor("layer.0.q").value(12)
-    assert str(step.value) == (
-        f"no step 12 in {tmp_path / 'run'}; it has 0, 10, 30, nearest 10. "
-        f"trial.wait(step=12) blocks until it is written."
-    )
+    assert str(step.value) == f"no step 12 in {tmp_path / 'run'}; it has 0, 10, 30, nearest 10."
     with pytest.raises(NoSuchName) as name:
         run.tensor("layer.0.qq")
     assert str(name.value) == (
@@ -146,7 +153,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(NoSuchName, match=r"no head 2 in layer.0; the run has its heads 0, 1"):
         run.weights(0, run.layers(0)[0], row=0, heads=[0, 2])
-    with pytest.raises(NoSuchStep, match=r"it has none\. trial.wait\(step=3\)"):
+    with pytest.raises(NoSuchStep, match=r"it has none\.$"):
         open_trial(tmp_path / "nothing").entries(3)
 
 
@@ -458,7 +465,7 @@ def test_wait_gives_up_when_there_is_no_sign(
 ) -> None:
     silent(tmp_path, interval_s)
     clock = Clock()
-    monkeypatch.setattr(trial, "time", clock)
+    monkeypatch.setattr(history, "time", clock)
     run = open_trial(tmp_path)
     assert run.state() == State("training", 0, 0.0, True, "", 0)
     with pytest.raises(TrainerGone, match=rf"step 5 of .* will not come: no sign of the trainer for {patience_s} s; "):
@@ -470,7 +477,7 @@ def test_wait_gives_up_when_there_is_no_sign(
 def test_a_sign_of_the_trainer_is_a_counter_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silent(tmp_path)
     clock = Clock()
-    monkeypatch.setattr(trial, "time", clock)
+    monkeypatch.setattr(history, "time", clock)
     run = open_trial(tmp_path)
     run.state()
     live = json.loads((tmp_path / "live.json").read_text())
@@ -602,7 +609,7 @@ def test_a_damaged_step_is_listed_and_the_others_are_read(tmp_path: Path) -> Non
         names[1]: f"{names[1]}: the file has 0 bytes, its layout promises {size}; it is damaged",
     }
     assert run.tensor("layer.0.weights").value(20).shape == (2, 2, 6, 6)
-    with pytest.raises(NoSuchStep, match="no step 10"):
+    with pytest.raises(StoreError, match=r"0000000010.*it is damaged"):
         run.entries(10)
 
 

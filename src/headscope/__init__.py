@@ -60,6 +60,10 @@ def __getattr__(name: str) -> Any:
     return getattr(module, name)
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 class _Package(ModuleType):
     """This package. Importing its module `watch` must not put that in the place of what users call `watch`."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import attention
 from .blob import Array, Header, Json, checksum_of, mismatch
-from .errors import NoSuchName, StoreError
+from .errors import StoreError
 from .facts import Layer
 from .store import Files, StepFile, block_of
 
@@ -53,11 +53,7 @@ def audit(path: str | Path, progress: Callable[[int, int], object] = lambda done
         NoSuchName: there is no run at that path.
     """
     files = Files(path)
-    names = files.names()
-    if not any(name == "headscope.json" for name, _, _ in names):
-        raise NoSuchName(
-            f"no run in {path}: there is no headscope.json; give the folder that was passed to headscope.watch"
-        )
+    names = files.run()
     found = Audit(str(path))
     for done, (name, size, _) in enumerate(names, 1):
         try:

@@ -16,7 +16,7 @@ from . import __version__
 from .answer import newest_layers
 from .audit import audit
 from .blob import Json
-from .errors import HeadscopeError, Missing, NoSuchName, shorten
+from .errors import HeadscopeError, Missing, shorten
 from .store import Files
 from .trial import Trial, open_trial
 
@@ -144,11 +144,7 @@ def facts(trial: Trial) -> Json:
     Raises:
         NoSuchName: there is no run at that path.
     """
-    files = Files(trial.path).names()
-    if not files:
-        raise NoSuchName(
-            f"no run in {trial.path}: nothing is there; give the folder that was passed to headscope.watch"
-        )
+    files = Files(trial.path).run()
     state = trial.state()
     layers = newest_layers(trial)
     steps = trial.steps()

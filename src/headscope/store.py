@@ -27,7 +27,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from .blob import Array, Header, Image, Json, array_of, encode, header_length, loads, parse_header, truthful
-from .errors import NoSuchName, StoreError, nearest
+from .errors import NoSuchName, StoreError, nearest, shorten
 
 FORMAT = 1
 ROWS = 256
@@ -213,6 +213,24 @@ class Files:
             return None
         except (BaseError, OSError, ValueError) as problem:
             raise Unreachable(f"cannot read {name} in {self.path}: {_short(problem)}") from None
+
+    def run(self) -> list[tuple[str, int, str]]:
+        """The listing of what must be a run.
+
+        Raises:
+            NoSuchName: it is none; the message names runs that lie in it.
+        """
+        names = self.names()
+        if any(name == "headscope.json" for name, _, _ in names):
+            return names
+        if self._local is not None and not self._local.is_dir():
+            there = "is a file" if self._local.exists() else "does not exist"
+        else:
+            inside = [name.removesuffix("/headscope.json") for name, _, _ in names if name.endswith("/headscope.json")]
+            if self._local is not None:
+                inside = sorted(found.parent.name for found in self._local.glob("*/headscope.json"))
+            there = f"has runs in it: {shorten(inside)}" if inside else "has no headscope.json"
+        raise NoSuchName(f"no run in {self.path}, which {there}; give the folder that was passed to headscope.watch")
 
     def size(self, name: str) -> int:
         """How many bytes a file has."""
