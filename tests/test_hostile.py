@@ -785,7 +785,7 @@ def test_a_step_of_another_attempt_is_never_shown(tmp_path: Path) -> None:
 def test_calls_are_refused_with_a_word() -> None:
     raw = {"path": "a", "call": 0, "mode": "probe", "batch": 0, "route": "sdpa", "heads": 4, "kv_heads": 2}
     raw |= {"scale": 1, "causal": False, "offset": 0, "window": None, "softcap": None, "mask": None, "bias": None}
-    raw |= {"sinks": False, "dropout": 0.0, "dtype": "float32", "kept": None}
+    raw |= {"sinks": False, "dropout": 0.0, "dtype": "float32", "kept": None, "named": True}
     wrongs: list[tuple[dict[str, Any], str]] = [
         ({"kv_heads": 3}, r"heads of an attention call of 4 heads is \(4, 3\), which cannot be"),
         ({"kv_heads": 0}, r"heads of an attention call of 4 heads is \(4, 0\), which cannot be"),

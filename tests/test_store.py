@@ -272,7 +272,7 @@ def test_a_folder_replaced_by_a_file_kills_nothing(tmp_path: Path) -> None:
     put(writer, 10)
     writer.close()
     assert not writer.running
-    assert any(line.startswith(f"step 10 was not written to {tmp_path / 'run'}: ") for line in said)
+    assert any(f" was not written to {tmp_path / 'run'}: " in line for line in said)
     assert all("\n" not in line for line in said)
     assert (tmp_path / "run").read_text() == ""
 
