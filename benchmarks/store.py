@@ -30,7 +30,7 @@ from rich.table import Table
 
 from headscope import open_trial
 from headscope.blob import Image, Json
-from headscope.store import Writer
+from headscope.writer import Writer
 
 Array = NDArray[Any]
 LAYERS, HEADS, TOKENS, DIM, BATCH = 6, 12, 64, 32, 2

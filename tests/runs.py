@@ -12,7 +12,7 @@ import torch
 from headscope.blob import encode
 from headscope.boundary import Call
 from headscope.record import Keeping, Record
-from headscope.store import Writer
+from headscope.writer import Writer
 
 TOKENS = ["[CLS]", "a", "dull", "##ish", "film", "[SEP]", "[PAD]", "[PAD]"]
 

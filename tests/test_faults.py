@@ -25,7 +25,8 @@ import models
 from headscope import open_trial, watch
 from headscope.audit import audit
 from headscope.errors import HeadscopeError, HeadscopeWarning, StoreError
-from headscope.store import Files, StepFile, Writer
+from headscope.store import Files, StepFile
+from headscope.writer import Writer
 from test_watch import Tokenizer, batch, heard, plain_loop, probe
 from test_watch import train as train_bert
 from trainers import Trainers, until

@@ -287,7 +287,7 @@ def test_a_probe_that_fails_in_the_model_is_an_error_and_a_failed_run(tmp_path: 
 def test_slow_writing_leaves_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from headscope.store import Writer
+    from headscope.writer import Writer
 
     put = Writer._put_step
 

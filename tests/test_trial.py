@@ -20,8 +20,9 @@ from golden.synthetic import BF16, Call, examples, put, write
 from headscope import attention, history, open_trial
 from headscope.errors import HeadscopeWarning, NoSuchName, NoSuchStep, StoreError, TrainerGone
 from headscope.facts import Check, Layer, State
-from headscope.store import Files, Writer
+from headscope.store import Files
 from headscope.trial import Trial
+from headscope.writer import Writer
 
 Array = NDArray[Any]
 BOTH = [Call("layer.0"), Call("layer.1", heads=4, kv_heads=2, causal=True)]
@@ -332,7 +333,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 import numpy as np
 from golden.synthetic import Call, put, examples
-from headscope.store import Writer
+from headscope.writer import Writer
 writer = Writer(sys.argv[1], {}, print)
 writer.put_probe(examples([6, 4], 6))
 for step in range(150):

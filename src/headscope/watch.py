@@ -33,7 +33,7 @@ from .errors import HeadscopeError, HeadscopeWarning, NotSupported, shorten
 from .forwards import Forwards, Hook
 from .ranks import Council, alone, gathered, here, sharded
 from .record import Keeping, Record
-from .store import Writer
+from .writer import Writer
 
 _KEPT = {"float16": torch.float16, "float32": torch.float32}
 _SCALAR = re.compile(r"[A-Za-z][\w./ -]*")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from headscope import attention
 from headscope.blob import Image, Json, encode
-from headscope.store import Writer
+from headscope.writer import Writer
 
 Array = NDArray[Any]
 BF16 = np.dtype(ml_dtypes.bfloat16)
