@@ -10,7 +10,7 @@ SOURCE = Path(headscope.__file__).parent
 
 RUNGS = [
     {"errors"},
-    {"attention", "blob"},
+    {"attention", "blob", "pace"},
     {"facts", "store"},
     {"boundary", "forwards", "ranks", "statistics", "history", "writer"},
     {"trial", "capture", "monitors", "record", "audit"},

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import attention
 from .blob import Array, Image, Json
 from .boundary import Call
+from .errors import HeadscopeError
 
 _FP16_LARGEST = 65504.0
 # What stands in a file for an error that is infinite or not a number: JSON has neither.
@@ -38,6 +39,24 @@ class Keeping:
 
     layers: str | Collection[str] | None = None
     heads: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, layers: str | Collection[str] | None, heads: Sequence[int] | None) -> Keeping:
+        """The choice that a user made, checked.
+
+        Raises:
+            HeadscopeError: it is none.
+        """
+        if isinstance(layers, str):
+            try:
+                re.compile(layers)
+            except re.error as problem:
+                raise HeadscopeError(
+                    f"layers={layers!r} is not a regular expression: {problem}; or give a list of paths"
+                ) from None
+        if heads is not None and (not len(heads) or any(type(head) is not int or head < 0 for head in heads)):
+            raise HeadscopeError(f"heads must be a list of head numbers from 0 on, not {heads!r}")
+        return cls(layers, heads)
 
     def heads_of(self, path: str, heads: int) -> list[int] | None:
         """The heads of a layer that are kept: None is all, an empty list none."""

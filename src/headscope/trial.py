@@ -20,15 +20,6 @@ from .facts import Example, Layer
 from .history import History
 from .store import Unreachable
 
-_POLL_S = 0.1
-_HEADERS_KEPT = 512
-_LAYOUTS_KEPT = 1024
-_SIZED = 256
-_AT_ONCE = 64
-_TRIES = 3
-_KEY = re.compile(r"[a-z]+/(0|[1-9]\d{0,8})/.+", re.ASCII)
-_ATTEMPT = re.compile(r"a(\d{3})/attempt\.json", re.ASCII)
-
 
 class Trial(History):
     """A run, live: every question sees what has been written by then.

@@ -31,6 +31,7 @@ from .boundary import Call
 from .capture import Batch, Pass, Probe, device_of, run, unwrap
 from .errors import HeadscopeError, HeadscopeWarning, NotSupported, shorten
 from .forwards import Forwards, Hook
+from .pace import Pace
 from .ranks import Council, alone, gathered, here, sharded
 from .record import Keeping, Record
 from .writer import Writer
@@ -116,7 +117,7 @@ class Watch:
                 raise HeadscopeError(f"{said} must be a whole number from {least} on, not {number!r}")
         if overhead is not None and not 0 < overhead < 1:
             raise HeadscopeError(f"overhead must be a part of the training time, between 0 and 1, not {overhead!r}")
-        self._keeping = _keeping(layers, heads)
+        self._keeping = Keeping.of(layers, heads)
         self._examples, self._tokens = examples, tokens
         self._max_bytes = max_bytes
         self._pace = Pace(overhead)
@@ -332,23 +333,24 @@ class Watch:
     # Hooks. Nothing of ours may reach the training: each is guarded.
 
     def _on_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._busy or os.getpid() != self._pid:
-            return
         with self._guarded("the probe"):
-            self._forwards["train" if self._model.training else "eval"] += 1
-            if torch.is_grad_enabled():
-                self._note_autocast()
-                if not self._begun and not self._off:
-                    most, tokens = self._examples or 8, self._tokens
-                    self._begin(lambda: Probe.first(args, kwargs, self._tokenizer, most, tokens))
+            if self._note_forward() and not self._begun and not self._off:
+                most, tokens = self._examples or 8, self._tokens
+                self._begin(lambda: Probe.first(args, kwargs, self._tokenizer, most, tokens))
 
     def _on_trace(self) -> None:
-        if self._busy or os.getpid() != self._pid:
-            return
         with self._guarded("the probe"):
-            self._forwards["train" if self._model.training else "eval"] += 1
-            if torch.is_grad_enabled():
-                self._note_autocast()
+            self._note_forward()
+
+    def _note_forward(self) -> bool:
+        """Counts a forward of the user's; whether it is one that trains."""
+        if self._busy or os.getpid() != self._pid:
+            return False
+        self._forwards["train" if self._model.training else "eval"] += 1
+        if not torch.is_grad_enabled():
+            return False
+        self._note_autocast()
+        return True
 
     def _note_autocast(self) -> None:
         kind = device_of(self._model).type
@@ -547,48 +549,6 @@ class Watch:
                 if memory or "allocate memory" in first:
                     message += " (examples= and tokens= of headscope.watch make them smaller)"
             self._say(message, kind=f"{what} {type(problem).__name__}")
-
-
-class Pace:
-    """How often captures may be made.
-
-    Args:
-        overhead: the part of the time that they may take; any, if None.
-    """
-
-    def __init__(self, overhead: float | None) -> None:
-        self.overhead = overhead
-        self.stretched = False
-        self._began = self._spent = 0.0
-
-    def due(self) -> bool:
-        """Whether the time since the last capture is long enough for what that one took."""
-        if self.overhead is None or time.perf_counter() - self._began >= self._spent / self.overhead:
-            return True
-        self.stretched = True
-        return False
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Measures a capture."""
-        self._began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent = time.perf_counter() - self._began
-
-
-def _keeping(layers: str | Collection[str] | None, heads: Sequence[int] | None) -> Keeping:
-    if isinstance(layers, str):
-        try:
-            re.compile(layers)
-        except re.error as problem:
-            raise HeadscopeError(
-                f"layers={layers!r} is not a regular expression: {problem}; or give a list of paths"
-            ) from None
-    if heads is not None and (not len(heads) or any(type(head) is not int or head < 0 for head in heads)):
-        raise HeadscopeError(f"heads must be a list of head numbers from 0 on, not {heads!r}")
-    return Keeping(layers, heads)
 
 
 def _skipped(optimizer: Optimizer) -> bool:
