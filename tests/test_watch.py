@@ -227,13 +227,36 @@ def two_optimizers(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer,
 
 
 def test_of_two_optimizers_the_first_counts_or_the_one_given(tmp_path: Path) -> None:
-    for given, last in ((False, 2), (True, 4)):
+    for given, steps in ((False, [0, 1, 2]), (True, [0, 1, 2, 3, 4])):
         model = models.bert()
         other, loop = two_optimizers(model, 2)
-        path = tmp_path / str(last)
+        path = tmp_path / str(given)
         with watch(model, path, probe=probe(), every=1, optimizer=other if given else None):
             loop()
-        assert open_trial(path).steps() == list(range(last + 1))
+        assert open_trial(path).steps() == steps
+
+
+def test_a_step_of_several_optimizers_is_captured_whole(tmp_path: Path) -> None:
+    model = models.bert()
+    parameters = list(model.parameters())
+    optimizers = [torch.optim.SGD(parameters[0::2], lr=0.3), torch.optim.SGD(parameters[1::2], lr=0.3)]
+    wanted = {}
+    with watch(model, tmp_path, probe=probe(), every=1):
+        for step in range(1, 4):
+            model.train()
+            model(**batch(step)).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            model.train(mode=False)
+            twin = copy.deepcopy(model)
+            with torch.no_grad():
+                wanted[step] = twin(**probe()).logits.numpy()
+    trial = open_trial(tmp_path)
+    assert trial.steps() == [0, 1, 2, 3]
+    for step in (2, 3):  # At the first step it is not known yet that there is another optimizer.
+        np.testing.assert_allclose(trial.tensor("logits").value(step), wanted[step], atol=1e-6)
+    assert np.abs(wanted[2] - wanted[3]).max() > 1e-3
 
 
 def test_steps_can_be_said_by_hand(tmp_path: Path) -> None:

@@ -152,6 +152,8 @@ class Watch:
         self._asked = -1
         self._pid = os.getpid()
         self._foreign: WeakSet[Optimizer] = WeakSet()
+        self._others: WeakSet[Optimizer] = WeakSet()
+        self._postponed = False
         self._off = self._nothing = ""
         self._told: set[str] = set()
         self._handles: list[RemovableHandle] = []
@@ -333,6 +335,8 @@ class Watch:
     # Hooks. Nothing of ours may reach the training: each is guarded.
 
     def _on_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._postponed and not self._busy and os.getpid() == self._pid:
+            self._due()
         with self._guarded("the probe"):
             if self._note_forward() and not self._begun and not self._off:
                 most, tokens = self._examples or 8, self._tokens
@@ -362,12 +366,14 @@ class Watch:
             return
         with self._guarded("the optimiser"):
             first = self._optimizer or (self._first and self._first())
-            if first is None and optimizer not in self._foreign:
+            if optimizer is not first and optimizer not in self._foreign and optimizer not in self._others:
                 ours = {id(parameter) for parameter in self._model.parameters()}
-                if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                    self._foreign.add(optimizer)
+                elif first is None:
                     first, self._first = optimizer, ref(optimizer)
                 else:
-                    self._foreign.add(optimizer)
+                    self._others.add(optimizer)
             if optimizer is first and not _skipped(optimizer):
                 self._advance(self._step + 1)
 
@@ -380,14 +386,20 @@ class Watch:
                 f"headscope.watch",
                 kind="nothing",
             )
-        if self._step % self.every == 0:
-            self._capture(paced=True)
-            if self._pace.stretched:
-                self._say(
-                    f"captures take more than {self._pace.overhead:g} of the training time every {self.every} steps; "
-                    f"they are made at fewer, as time allows",
-                    kind="pace",
-                )
+        # Of several optimisers the others have yet to step: the model is whole again at its next forward.
+        self._postponed = self._step % self.every == 0 and len(self._others) > 0
+        if self._step % self.every == 0 and not self._postponed:
+            self._due()
+
+    def _due(self) -> None:
+        self._postponed = False
+        self._capture(paced=True)
+        if self._pace.stretched:
+            self._say(
+                f"captures take more than {self._pace.overhead:g} of the training time every {self.every} steps; "
+                f"they are made at fewer, as time allows",
+                kind="pace",
+            )
 
     def _begin(self, first: Callable[[], Probe | None]) -> None:
         """Writes the examples, and captures them before the first optimiser step."""
