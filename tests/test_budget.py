@@ -166,3 +166,15 @@ def test_without_overhead_every_step_is_captured(tmp_path: Path) -> None:
 def test_what_is_no_budget_is_said_at_the_door(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(HeadscopeError, match=says):
         watch(models.bert(), tmp_path, **options)
+
+
+def test_bytes_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    run(tmp_path, models.bert(), 12)
+    one = max(file.stat().st_size for file in tmp_path.glob("a000/steps/*"))
+    with pytest.warns(HeadscopeWarning, match="thinned"):
+        trial = run(tmp_path, models.bert(), 12, max_bytes=8 * one + one // 2)
+    names = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.glob("a*/steps/*"))
+    assert len(names) == 8 and names[0].startswith("a000/steps/0000000000-")
+    assert len([name for name in names if name.startswith("a001")]) >= 5 and trial.steps()[-1] == 12
+    old = open_trial(tmp_path, attempt=0)
+    assert old.steps()[0] == 0 and old.tensor("logits").value(0).shape[0] == 6

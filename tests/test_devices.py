@@ -387,6 +387,16 @@ def test_of_ddp_the_first_rank_writes(name: str, two: Any) -> None:
     assert all(rank["ddp"]["said"] == [] for rank in ranks)
 
 
+def test_a_folder_that_the_first_rank_cannot_open_leaves_no_rank_waiting(two: Any) -> None:
+    first, second = (rank["ddp cannot open"] for rank in two[1])
+    assert first["said"] == [
+        "cannot write to '/proc/nowhere': No such file or directory (os error 2); choose a folder that can be written; "
+        "training goes on, unwatched"
+    ]
+    assert second["said"] == []
+    same_training(two[1], "ddp cannot open", "ddp alone")
+
+
 def test_a_forward_that_talks_to_other_ranks_is_stopped(two: Any) -> None:
     assert [rank["ddp talks"]["said"] for rank in two[1]] == [
         [

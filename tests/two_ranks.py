@@ -140,6 +140,7 @@ def cases(out: Path) -> dict[str, Any]:
     case("ddp", lambda: train(replicated, out / "ddp", probe=probe))
     case("ddp without a probe", lambda: train(replicated, out / "ddp2"))
     case("ddp talks", lambda: train(replicated, out / "ddp3", talks_in_forward, probe=probe))
+    case("ddp cannot open", lambda: train(replicated, Path("/proc/nowhere"), probe=probe))
     case("fsdp alone", lambda: train(sharded, None))
     case("fsdp", lambda: train(sharded, out / "fsdp", probe=probe, dtype="float32"))
     case("fsdp without a probe", lambda: train(sharded, out / "fsdp2", every=2))

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from .blob import Json, encode
 from .boundary import Call
 from .capture import Batch, Pass, Probe, device_of, run, unwrap
-from .errors import HeadscopeError, HeadscopeWarning, NotSupported, shorten
+from .errors import HeadscopeError, HeadscopeWarning, NotSupported, StoreError, shorten
 from .forwards import Forwards, Hook
 from .pace import Pace
 from .ranks import Council, alone, gathered, here, sharded
@@ -190,7 +190,14 @@ class Watch:
         self._council = Council() if sharded(self._model) else None
         writes = here()[0] == 0
         if writes:
-            self._open()
+            try:
+                self._open()
+            except StoreError as problem:
+                if self._council is not None or here()[1] == 1:
+                    raise
+                # Raised in this rank alone, it would leave the others waiting for it in their first all-reduce.
+                self._say(f"{problem}; training goes on, unwatched")
+                writes = False
         if self._council is not None and not writes and (reason := self._council.agree()):
             raise HeadscopeError(f"rank 0 cannot begin: {reason}")
         self._entered = True

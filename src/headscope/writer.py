@@ -18,7 +18,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from .blob import Array, Image, Json, encode
 from .errors import StoreError
-from .store import FORMAT, first_line, open_store
+from .store import FORMAT, StepFile, first_line, open_store
 
 ROWS = 256
 _OURS = re.compile(r"(headscope|live|attempt)\.json#\d+|[\w-]+\.safetensors#\d+", re.ASCII)
@@ -56,7 +56,7 @@ class Writer:
         facts: of the attempt, for `attempt.json`.
         say: told once of each kind of problem, in one line.
         closing_s: how long `close` waits for what is not written yet.
-        max_bytes: of all steps of this attempt; above it, older steps are thinned.
+        max_bytes: of all steps of the run, those of older attempts too; above it, older steps are thinned.
     """
 
     path: str | Path
@@ -75,6 +75,7 @@ class Writer:
             self._create("headscope.json", {"format": FORMAT, "created": time.time()})
             self.attempt = self._claim()
             self._sweep()
+            self._sizes, self._before = self._older() if self.max_bytes is not None else ({}, 0)
         except (BaseError, OSError) as problem:
             raise StoreError(
                 f"cannot write to {str(self.path)!r}: {first_line(problem)}; choose a folder that can be written"
@@ -87,7 +88,6 @@ class Writer:
         self._dirty = False
         self._told: set[str] = set()
         self._tired = self._left = False
-        self._sizes: dict[int, tuple[str, int]] = {}
         self._thinned = 0
         self._live: Json = {"state": "training", "step": None, "attempt": self.attempt, "counter": 0, "message": ""}
         self._thread = threading.Thread(target=self._work, name="headscope-writer", daemon=True)
@@ -272,10 +272,22 @@ class Writer:
         blob = job.image.seal(strings)
         self._put(name, blob)
         self._live["step"] = job.step
-        self._sizes[job.step] = (name, len(blob))
+        self._sizes[self._before + job.step] = (name, len(blob))
+
+    def _older(self) -> tuple[dict[int, tuple[str, int]], int]:
+        """The steps of older attempts, counted on from attempt to attempt, and where this one's begin."""
+        parts = [StepFile.of(i["path"], i["size"]) for chunk in obstore.list(self._store) for i in chunk]
+        found = sorted((part for part in parts if part is not None), key=lambda part: (part.attempt, part.step))
+        sizes: dict[int, tuple[str, int]] = {}
+        base, attempt = 0, -1
+        for part in found:
+            if part.attempt != attempt:
+                base, attempt = max(sizes, default=-1) + 1, part.attempt
+            sizes[base + part.step] = (part.name, part.size)
+        return sizes, max(sizes, default=-1) + 1
 
     def _thin(self) -> None:
-        """Deletes steps until those left are within `max_bytes`: the older, the wider apart."""
+        """Deletes steps of the run until those left are within `max_bytes`: the older, the wider apart."""
         steps = sorted(self._sizes)
         while (
             self.max_bytes is not None and len(steps) > 2 and sum(s for _, s in self._sizes.values()) > self.max_bytes
