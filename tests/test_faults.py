@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import models
 from headscope import open_trial, watch
 from headscope.audit import audit
+from headscope.capture import Probe
 from headscope.errors import HeadscopeError, HeadscopeWarning, StoreError
 from headscope.store import Files, StepFile
 from headscope.writer import Writer
@@ -243,7 +244,7 @@ def trained(model: nn.Module, path: Path | None, steps: int = 3) -> None:
         (module.Watch, "_against", "the capture failed at step 0"),
         (module.Watch, "_name_refused", "the capture failed at step 0"),
         (module, "run", "the capture failed at step 0"),
-        (module, "_blob", "the probe failed at step 0"),
+        (Probe, "blob", "the probe failed at step 0"),
         (module, "_skipped", "the optimiser failed at step 0"),
         (Writer, "ready", "the capture failed at step 0"),
         (Writer, "image", "the capture failed at step 0"),

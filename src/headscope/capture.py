@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .blob import encode
 from .boundary import Call, catching
 from .errors import HeadscopeError, shorten
 
@@ -281,6 +283,19 @@ class Probe:
                 batches.append(_shorter(batch, min(left, batch.examples), tokens, tokenizer))
                 left -= batches[-1].examples
         return Probe(tuple(batches), self.special)
+
+    def blob(self) -> bytes:
+        """The examples as probe.safetensors."""
+        tensors: dict[str, NDArray[Any]] = {}
+        for index, batch in enumerate(self.batches):
+            found = {"ids": batch.ids, "mask": batch.mask, "labels": batch.labels}
+            tensors |= {f"{index}/{kind}": np.asarray(array) for kind, array in found.items() if array is not None}
+        facts = {
+            "tokens": [batch.tokens for batch in self.batches],
+            "texts": [batch.texts for batch in self.batches],
+            "special": self.special,
+        }
+        return encode(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
 
 
 _WANTED = (

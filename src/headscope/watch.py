@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import re
 import signal
@@ -18,15 +17,13 @@ from types import FrameType, TracebackType
 from typing import Any
 from weakref import WeakSet, ref
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from .blob import Json, encode
+from .blob import Json
 from .boundary import Call
 from .capture import Batch, Pass, Probe, device_of, run, unwrap
 from .errors import HeadscopeError, HeadscopeWarning, NotSupported, StoreError, shorten
@@ -415,7 +412,7 @@ class Watch:
             with self._guarded("the probe"):
                 self._probe = self._probe or first()
                 assert self._probe is not None
-                self._writer.put_probe(_blob(self._probe))
+                self._writer.put_probe(self._probe.blob())
                 for trouble in {batch.trouble for batch in self._probe.batches} - {""}:
                     self._say(trouble)
         self._capture()
@@ -601,17 +598,3 @@ def _uninterrupted() -> Iterator[None]:
 
 # The name that users type: `with headscope.watch(...)`.
 watch = Watch
-
-
-def _blob(probe: Probe) -> bytes:
-    """The examples as probe.safetensors."""
-    tensors: dict[str, NDArray[Any]] = {}
-    for index, batch in enumerate(probe.batches):
-        found = {"ids": batch.ids, "mask": batch.mask, "labels": batch.labels}
-        tensors |= {f"{index}/{kind}": np.asarray(array) for kind, array in found.items() if array is not None}
-    facts = {
-        "tokens": [batch.tokens for batch in probe.batches],
-        "texts": [batch.texts for batch in probe.batches],
-        "special": probe.special,
-    }
-    return encode(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()})
