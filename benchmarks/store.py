@@ -54,7 +54,7 @@ def calls(layers: int, heads: int) -> list[Json]:
     """Facts of the attention calls."""
     fixed: Json = {"mode": "probe", "batch": 0, "call": 0, "route": "sdpa", "heads": heads, "kv_heads": heads}
     fixed |= {"scale": DIM**-0.5, "causal": False, "offset": 0, "window": None, "softcap": None, "mask": None}
-    fixed |= {"bias": None, "sinks": False, "dropout": 0.0, "dtype": "float16", "kept": None}
+    fixed |= {"bias": None, "sinks": False, "dropout": 0.0, "dtype": "float16", "kept": None, "named": True}
     fixed["check"] = {"example": 0, "rows": [], "error": None, "limit": None, "note": "unchecked: noise"}
     return [{**fixed, "path": f"layer.{layer}"} for layer in range(layers)]
 
